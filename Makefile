@@ -1,0 +1,36 @@
+# One command per job. `make ARGS="..."` passes more arguments to the program behind the target.
+SHELL := /bin/bash
+PYTHON_BIN := .venv/bin/python
+MYPY_ROOMS := stare_jax/episode.py stare_jax/stages.py stare_jax/batching.py stare_jax/dataset.py stare_jax/config.py \
+  stare_jax/evaluate.py stare_jax/tasks stare_jax/losses launch/rendering.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run smoke test test-slow lint types clean
+
+help:       ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */make \1\t/' | expand -t 18
+
+setup:      ## .venv and rendering; fast when there is nothing to do
+	@bash launch/setup.sh
+
+run: setup  ## the main job: Imitation, Preference, Interaction; leaves a run folder under runs/
+	$(PYTHON_BIN) -m stare_jax.main --config=configs/ipi.py $(ARGS)
+
+smoke: setup ## the main job in minutes: every phase for real, too short to learn
+	$(PYTHON_BIN) -m stare_jax.main --config=configs/ipi.py:smoke $(ARGS)
+
+test: setup lint types ## set up, lint, type-check and pass the tests (the smoke run included)
+	$(PYTHON_BIN) -m pytest $(ARGS)
+
+test-slow: setup ## what `make test` leaves out because it takes long
+	$(PYTHON_BIN) -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: setup ## ruff
+	$(PYTHON_BIN) -m ruff check .
+
+types: setup ## mypy on the rooms that are plain numpy and plain Python
+	$(PYTHON_BIN) -m mypy $(MYPY_ROOMS)
+
+clean:      ## caches; keeps .venv and runs/
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,71 @@
+"""Imitation -> Preference -> Interaction on one ManiSkill3 task: the main job.
+
+  python -m stare_jax.main --config=configs/ipi.py                              # about half an hour on two cores
+  python -m stare_jax.main --config=configs/ipi.py:smoke                        # the same path in minutes
+  python -m stare_jax.main --config=configs/ipi.py:default,task=push_cube,seed=3 --config.interaction.hp.clip=0.1
+"""
+
+import ml_collections
+
+from stare_jax.config import parse_arg
+
+# What a preset changes, as dotted fields of the default below.
+PRESETS = {
+  "default": {},
+  "smoke": {
+    "imitation.demonstrations": 24, "imitation.updates": 60, "imitation.checkpoint_every": 20,
+    "preference.starts": 4, "preference.samples": 4, "preference.updates": 4, "preference.checkpoint_every": 2,
+    "preference.optimiser.warmup_steps": 1,
+    "interaction.iterations": 3, "interaction.critic_warmup": 1, "interaction.steps": 20,
+    "interaction.batch": 80, "interaction.checkpoint_every": 1,
+    "sim.num_envs": 8, "evaluation.episodes": 8, "report.videos": 2,
+  },
+}  # fmt: skip
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  preset, chosen = parse_arg(arg, PRESETS, task="pull_cube", seed=0)
+  c = ml_collections.ConfigDict()
+  c.preset, c.task, c.seed = preset, chosen["task"], chosen["seed"]
+  c.phases = ("imitation", "preference", "interaction")
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: the remaining devices
+
+  c.sim = dict(
+    name="maniskill", num_envs=16, num_workers=2, groups=2, image_size=64, horizon=50,
+    timeout=60.0,  # seconds without an answer until a worker is replaced
+  )  # fmt: skip
+  c.policy = dict(name="openvla", size="tiny", options=ml_collections.ConfigDict(dict(patch_size=16)))
+  c.init_from = ""  # a checkpoint folder of another run, such as runs/x/checkpoints/imitation
+
+  # Supervised fine-tuning on scripted demonstrations.
+  c.imitation = dict(
+    loss="cross_entropy", demonstrations=100, expert_noise=0.05, updates=400, batch=64, micro_batches=1, checkpoint_every=100,
+    optimiser=dict(learning_rate=1e-3, schedule="cosine", warmup_steps=30, weight_decay=0.01, clip_norm=1.0),
+    hp=dict(smoothing_sigma=2.0),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
+  )  # fmt: skip
+
+  # StA-TPO on same-start pairs of the policy's own rollouts.
+  c.preference = dict(
+    loss="stage_tpo", starts=24, samples=4, temperature=1.0, pairs_per_start=4, margin=0.05,
+    updates=60, batch=8, micro_batch=100, buckets=(50,), checkpoint_every=20,
+    optimiser=dict(learning_rate=1e-4, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
+    hp=dict(beta=1.0, cost_weight=0.5),
+  )  # fmt: skip
+
+  # StA-PPO in the simulator.
+  c.interaction = dict(
+    iterations=60, steps=50, epochs=2, batch=200, micro_batches=1, temperature=1.0, checkpoint_every=5,
+    critic_warmup=3,  # iterations that fit the value head alone
+    target_kl=0.02,  # per iteration, nats per action: more epochs stop, and the learning rate adapts
+    shaping=True, offset=1.0, terminal="zero",
+    success_reward=3.0,  # at least K * offset, so that success is worth more than the potential it ends
+    optimiser=dict(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0),
+    hp=dict(discount=0.98, lam=0.9, clip=0.2, value_clip=None, value_weight=0.5, entropy_weight=0.0, kl_weight=0.0, ratio="action"),
+  )  # fmt: skip
+
+  c.evaluation = dict(episodes=128, temperature=0.0, seed=1_000_000)
+  c.checkpoint = dict(keep=2)
+  c.report = dict(videos=4, log_every=10)
+  c.update_from_flattened_dict(PRESETS[preset])
+  c.lock()
+  return c

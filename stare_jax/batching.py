@@ -1,0 +1,323 @@
+"""From staged episodes to batches of static shape: pair, bucket, pad, shuffle. numpy only.
+
+A preference batch of B pairs is laid out as 2B rows: rows 0 .. B-1 are the first episodes of the pairs, rows
+B .. 2B-1 the second. Which of the two is better is told per stage, because one can be better at reaching and
+worse at placing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.episode import StagedEpisode
+
+PADDING = -1  # stage_id of a step that does not exist
+
+
+class Pair(NamedTuple):
+  """Two rollouts from the same start, by their indices in the list that was paired.
+
+  Attributes:
+    sign: int8[K]; +1 where `first` did stage k better, -1 where `second` did, 0 where there is no pair.
+  """
+
+  first: int
+  second: int
+  sign: np.ndarray
+
+  @property
+  def overall(self) -> int:
+    """The trajectory-level preference (Eq. TPO): the sign of the last stage that decides, 0 if none does.
+
+    So the episode that got further wins, and among equals the one with the smaller cost, latest stage first;
+    with K = 1 it is the stage's own sign.
+    """
+    decided = np.flatnonzero(self.sign)
+    return int(self.sign[decided[-1]]) if decided.size else 0
+
+
+class StageBatch(NamedTuple):
+  """B pairs as arrays of static shape; padded entries are zeros, with stage_id -1.
+
+  Attributes:
+    images: uint8[2B, T, H, W, 3].
+    tokens: int32[2B, T, A].
+    stage_id: int32[2B, T], g(t), or -1 for padding: the only mask that is needed.
+    ref_log_prob: float32[2B, T], nats, log pi_ref(a_t | o_t), summed over action tokens.
+    sign: int8[B, K], as in `Pair`; zeros in a padded pair.
+    overall: int8[B], as in `Pair`.
+    cost: float32[2B, K], the stage cost; 0 where the stage has no steps (its sign is 0 there).
+    episode: int32[2B], index of the episode in the list that was paired (its instruction, its seed); -1 for
+      padding.
+  """
+
+  images: np.ndarray
+  tokens: np.ndarray
+  stage_id: np.ndarray
+  ref_log_prob: np.ndarray
+  sign: np.ndarray
+  overall: np.ndarray
+  cost: np.ndarray
+  episode: np.ndarray
+
+
+class Cursor(NamedTuple):
+  """Where the shuffled stream stands: batch `batch` of epoch `epoch` comes next."""
+
+  epoch: int = 0
+  batch: int = 0
+
+
+def pair(
+  staged: Sequence[StagedEpisode],
+  *,
+  margin: float,
+  both_failed: bool = False,
+  cap: int | None = None,
+  rng: np.random.Generator | None = None,
+) -> list[Pair]:
+  """Stage pairs (METHOD: "Which pairs exist for stage k").
+
+  Rollouts with the same task, instruction and seed are paired all with all. For stage k a pair exists where
+  both completed the stages before k and both have steps in k (a stage without steps has no mean and no cost).
+  Better is
+
+    - the one that completed k, when the other did not;
+    - the smaller cost, when both did and the costs differ by more than `margin`;
+    - nobody, when neither did; with `both_failed`, the smaller cost by more than `margin`.
+
+  Only pairs with at least one such stage are returned, in the order of the list.
+
+  Args:
+    margin: unitless, like the costs; >= 0.
+    cap: at most so many pairs per start, drawn with `rng`.
+  """
+  if not margin >= 0:
+    raise ValueError(f"margin is {margin}, expected a number >= 0 in units of the stage cost")
+  if cap is not None and (cap < 1 or rng is None):
+    raise ValueError(
+      f"cap is {cap} and rng is {rng}; a cap must be at least 1 and needs a numpy Generator to draw with"
+    )
+  pairs = []
+  for members in _starts(staged):
+    i, j = (np.array(side) for side in np.triu_indices(len(members), k=1))
+    sign = _signs([staged[m] for m in members], i, j, margin, both_failed)
+    keep = np.flatnonzero(sign.any(axis=1))
+    if cap is not None and rng is not None and len(keep) > cap:
+      keep = np.sort(rng.choice(keep, size=cap, replace=False))
+    pairs += [Pair(members[i[p]], members[j[p]], sign[p]) for p in keep]
+  return pairs
+
+
+def _starts(staged: Sequence[StagedEpisode]) -> list[list[int]]:
+  """Indices grouped by start, groups in the order of their first member."""
+  groups: dict[tuple, list[int]] = {}
+  for index, item in enumerate(staged):
+    episode = item.episode
+    members = groups.setdefault((episode.task, episode.instruction, episode.seed), [])
+    members.append(index)
+    if not np.array_equal(staged[members[0]].episode.signals[0], episode.signals[0]):
+      differ = np.abs(staged[members[0]].episode.signals[0] - episode.signals[0]).max()
+      raise ValueError(
+        f"episodes {members[0]} and {index} of {episode.task} have the same seed {episode.seed} but start differently "
+        f"(signals differ by up to {differ:g}); pairs need the same initial state: check the simulator's reset"
+      )
+  return list(groups.values())
+
+
+def _signs(
+  items: Sequence[StagedEpisode], i: np.ndarray, j: np.ndarray, margin: float, both_failed: bool
+) -> np.ndarray:
+  """int8[P, K] for the pairs (i[p], j[p]) of `items`."""
+  completed = np.stack([item.completed for item in items])
+  cost = np.stack([item.cost for item in items])
+  reached = np.concatenate([np.ones_like(completed[:, :1]), completed[:, :-1]], axis=1).cumprod(axis=1).astype(bool)
+  exists = (reached & np.isfinite(cost))[i] & (reached & np.isfinite(cost))[j]
+  gap = np.where(exists, cost[j] - cost[i], 0.0)  # positive: i was cheaper
+  by_cost = np.where(np.abs(gap) > margin, np.sign(gap), 0)
+  by_completion = completed[i].astype(np.int8) - completed[j]
+  neither = ~(completed[i] | completed[j])
+  sign = np.where(by_completion != 0, by_completion, by_cost)
+  return np.where(exists & (both_failed | ~neither), sign, 0).astype(np.int8)
+
+
+def pair_statistics(staged: Sequence[StagedEpisode], pairs: Sequence[Pair]) -> dict[str, Any]:
+  """What the pairs are made of: how many starts and pairs, and per stage how each pair was decided.
+
+  Returns: {"episodes", "starts", "starts_paired", "pairs": int, "stage_pairs", "by_completion", "by_cost":
+    [K] ints},
+  with stage_pairs = by_completion + by_cost.
+  """
+  stages = len(staged[0].cost) if staged else 0
+  sign = np.array([p.sign for p in pairs], np.int8).reshape(-1, stages)
+  completed = np.array([item.completed for item in staged], bool).reshape(-1, stages)
+  first, second = (np.array([p[side] for p in pairs], np.int64) for side in (0, 1))
+  one = (sign != 0) & (completed[first] != completed[second])
+  start = lambda index: (
+    staged[index].episode.task,
+    staged[index].episode.instruction,
+    staged[index].episode.seed,
+  )
+  return {
+    "episodes": len(staged),
+    "starts": len({start(index) for index in range(len(staged))}),
+    "starts_paired": len({start(p.first) for p in pairs}),
+    "pairs": len(pairs),
+    "stage_pairs": np.count_nonzero(sign, axis=0).tolist(),
+    "by_completion": np.count_nonzero(one, axis=0).tolist(),
+    "by_cost": np.count_nonzero((sign != 0) & ~one, axis=0).tolist(),
+  }
+
+
+def pair_lengths(staged: Sequence[StagedEpisode], pairs: Sequence[Pair]) -> np.ndarray:
+  """int64[P]: steps of the longer episode of each pair, what its row must hold."""
+  return np.array([max(len(staged[p.first].episode), len(staged[p.second].episode)) for p in pairs], np.int64)
+
+
+def bucket(lengths: Sequence[int] | np.ndarray | int, buckets: Sequence[int]) -> np.ndarray:
+  """The smallest bucket that holds each length: int64, the shape of `lengths`."""
+  ordered, lengths = np.unique(np.asarray(buckets, np.int64)), np.asarray(lengths, np.int64)
+  if not ordered.size or ordered[0] < 1:
+    raise ValueError(f"buckets are {list(buckets)}, expected at least one length >= 1")
+  if lengths.size and lengths.max() > ordered[-1]:
+    raise ValueError(f"a length of {lengths.max()} steps fits no bucket of {ordered.tolist()}; add a longer bucket")
+  return ordered[np.searchsorted(ordered, lengths)]
+
+
+def pad(rows: Sequence[np.ndarray], length: int, *, fill: float = 0, count: int | None = None) -> np.ndarray:
+  """Rows [t_i, ...] of unequal length -> [count or len(rows), length, ...], `fill` after each row and in extra rows."""
+  longest, count = max(len(row) for row in rows), len(rows) if count is None else count
+  if longest > length or len(rows) > count:
+    raise ValueError(f"{len(rows)} rows of up to {longest} steps do not fit into [{count}, {length}]")
+  out = np.full((count, length, *rows[0].shape[1:]), fill, rows[0].dtype)
+  for at, row in enumerate(rows):
+    out[at, : len(row)] = row
+  return out
+
+
+def pad_pairs(
+  staged: Sequence[StagedEpisode],
+  pairs: Sequence[Pair],
+  ref_log_prob: Sequence[np.ndarray],
+  *,
+  buckets: Sequence[int],
+  batch_size: int | None = None,
+) -> StageBatch:
+  """One batch; T is the smallest bucket that holds the longest episode.
+
+  Args:
+    staged: the list that was paired.
+    pairs: those of this batch.
+    ref_log_prob: for every episode of `staged`, float32[T] (summed over action tokens) or float32[T, A].
+    batch_size: B; empty pairs fill up when `pairs` are fewer. By default B = len(pairs).
+  """
+  if not pairs:
+    raise ValueError(
+      "pad_pairs: got no pairs; check pair_statistics, and roll out more episodes per start if it is low"
+    )
+  if len(ref_log_prob) != len(staged):
+    raise ValueError(f"ref_log_prob: {len(ref_log_prob)} entries for {len(staged)} episodes, expected one each")
+  size = len(pairs) if batch_size is None else batch_size
+  if len(pairs) > size:
+    raise ValueError(f"pad_pairs: {len(pairs)} pairs do not fit into a batch of {size}")
+  length = int(bucket(pair_lengths(staged, pairs).max(), buckets))
+  index = np.full((2, size), PADDING, np.int32)
+  index[:, : len(pairs)] = [[p.first for p in pairs], [p.second for p in pairs]]
+  half = [[int(e) for e in side[: len(pairs)]] for side in index]
+
+  def lay(get, fill=0) -> np.ndarray:
+    return np.concatenate([pad([get(e) for e in side], length, fill=fill, count=size) for side in half])
+
+  cost = np.zeros((2, size, len(pairs[0].sign)), np.float32)
+  cost[:, : len(pairs)] = np.nan_to_num([[staged[e].cost for e in side] for side in half], nan=0.0)
+  sign = np.zeros((size, cost.shape[-1]), np.int8)
+  sign[: len(pairs)] = [p.sign for p in pairs]
+  overall = np.zeros(size, np.int8)
+  overall[: len(pairs)] = [p.overall for p in pairs]
+  return StageBatch(
+    images=lay(lambda e: staged[e].episode.images),
+    tokens=lay(lambda e: staged[e].episode.tokens),
+    stage_id=lay(lambda e: staged[e].stage_id, fill=PADDING),
+    ref_log_prob=lay(lambda e: _reference(ref_log_prob[e], staged[e], e)),
+    sign=sign,
+    overall=overall,
+    cost=cost.reshape(2 * size, -1),
+    episode=index.reshape(-1),
+  )
+
+
+def _reference(log_prob: np.ndarray, item: StagedEpisode, index: int) -> np.ndarray:
+  """float32[T], checked: a NaN here would reach every gradient of its stage."""
+  steps = len(item.episode)
+  total = log_prob.sum(axis=-1) if log_prob.ndim == 2 else log_prob
+  if total.shape != (steps,) or not np.isfinite(total).all():
+    raise ValueError(
+      f"ref_log_prob of episode {index}: shape {log_prob.shape} with {np.count_nonzero(~np.isfinite(log_prob))} values "
+      f"that are not finite, expected finite float32[{steps}] or [{steps}, A]; recompute it with the reference policy"
+    )
+  return total.astype(np.float32)
+
+
+def epoch_batches(
+  n: int,
+  batch_size: int,
+  *,
+  seed: int,
+  epoch: int,
+  buckets: np.ndarray | None = None,
+  drop_last: bool = True,
+) -> list[np.ndarray]:
+  """The shuffled batches of one epoch, index arrays into n items: a pure function of its arguments.
+
+  Args:
+    buckets: int[n], each item's bucket (from `bucket`). Batches are then of one bucket, so that few steps are
+      padding; what is left over in a bucket moves up to the next longer one. Batches of all buckets come
+      mixed.
+    drop_last: leave out the last incomplete batch (other items each epoch); otherwise it comes shorter.
+  """
+  if batch_size < 1 or n < (batch_size if drop_last else 1):
+    raise ValueError(
+      f"{n} items do not fill one batch of {batch_size}; use a batch size from 1 to {n}, or drop_last=False and padding"
+    )
+  if buckets is not None and np.shape(buckets) != (n,):
+    raise ValueError(f"buckets: got shape {np.shape(buckets)}, expected one bucket for each of {n} items")
+  rng = np.random.default_rng([seed, epoch])
+  order = rng.permutation(n)
+  groups = [order] if buckets is None else [order[np.asarray(buckets)[order] == b] for b in np.unique(buckets)]
+  batches, left = [], order[:0]
+  for group in groups:
+    group = np.concatenate([left, group])
+    full = len(group) // batch_size * batch_size
+    batches += list(group[:full].reshape(-1, batch_size))
+    left = group[full:]
+  if len(groups) > 1:
+    batches = [batches[b] for b in rng.permutation(len(batches))]
+  return batches if drop_last or not left.size else [*batches, left]
+
+
+def minibatches(
+  n: int,
+  batch_size: int,
+  *,
+  seed: int,
+  cursor: Cursor = Cursor(),  # noqa: B008 - immutable
+  buckets: np.ndarray | None = None,
+  drop_last: bool = True,
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+  """Endless (indices, cursor after them), from `cursor` on: store the cursor, and a resumed run sees the same
+  batches.
+
+  The arguments are those of `epoch_batches`; the cursor is two integers.
+  """
+  first, skip = int(cursor[0]), int(cursor[1])
+  for epoch in itertools.count(first):
+    batches = epoch_batches(n, batch_size, seed=seed, epoch=epoch, buckets=buckets, drop_last=drop_last)
+    if skip > len(batches):
+      raise ValueError(f"cursor {tuple(cursor)}: an epoch has {len(batches)} batches; it is from other data or sizes")
+    for index in range(skip, len(batches)):
+      yield batches[index], Cursor(epoch, index + 1) if index + 1 < len(batches) else Cursor(epoch + 1, 0)
+    skip = 0

@@ -1,0 +1,91 @@
+"""Presets by string argument, and the checks that cross fields: before any device or simulator is touched.
+
+A config file's `get_config(arg)` receives what follows the colon of `--config=configs/ipi.py:smoke,task=pick_cube`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+PHASES = ("imitation", "preference", "interaction")
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message says what came, what was expected and what to write instead."""
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+  """'; did you mean "x"? Known: a, b, c.' for an unknown word."""
+  near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+  hint = f'did you mean "{near[0]}"? ' if near else ""
+  return f"{hint}Known: {', '.join(known)}."
+
+
+def parse_arg(arg: str, presets: Mapping[str, Any], **defaults: Any) -> tuple[str, dict[str, Any]]:
+  """`"smoke,task=pick_cube,seed=3"` -> ("smoke", {"task": "pick_cube", "seed": 3}).
+
+  The preset comes first and may be left out ("default"). Values take the type of their default.
+
+  Raises:
+    ConfigError: unknown preset or key (with the nearest known one), or a value of the wrong type.
+  """
+  preset, values = "default", dict(defaults)
+  for position, item in enumerate(part for part in (arg or "").split(",") if part):
+    key, separator, text = item.partition("=")
+    if not separator:
+      if position > 0 or key not in presets:
+        raise ConfigError(f'unknown preset "{key}": {suggest(key, tuple(presets))}')
+      preset = key
+    elif key not in defaults:
+      raise ConfigError(f'unknown key "{key}" after the preset: {suggest(key, tuple(defaults))} '
+                        f"Any other field is set with --config.{key}=...")
+    else:
+      try:
+        values[key] = type(defaults[key])(text)
+      except ValueError as error:
+        raise ConfigError(f'{key}="{text}": expected {type(defaults[key]).__name__}') from error
+  return preset, values
+
+
+def _divides(c: Any, field: str, value: int, by_field: str, by: int) -> None:
+  if by < 1 or value < 1 or value % by:
+    raise ConfigError(f"{field} = {value} does not divide by {by_field} = {by}: choose a multiple of {by}, "
+                      f"for example --config.{field}={max(by, 1) * max(1, round(value / max(by, 1)))}")
+
+
+def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
+  """Cross-field checks. Raises ConfigError."""
+  if c.task not in task_names():
+    raise ConfigError(f'unknown task "{c.task}": {suggest(c.task, tuple(task_names()))}')
+  for phase in c.phases:
+    if phase not in PHASES:
+      raise ConfigError(f'unknown phase "{phase}" in phases: {suggest(phase, PHASES)}')
+  if list(c.phases) != [p for p in PHASES if p in c.phases]:
+    raise ConfigError(f"phases = {tuple(c.phases)}: expected an ordered selection of {PHASES}")
+  _divides(c, "sim.num_envs", c.sim.num_envs, "sim.groups", c.sim.groups)
+  if c.sim.num_workers < 1:
+    raise ConfigError(f"sim.num_workers = {c.sim.num_workers}: expected at least 1")
+  _divides(c, "imitation.batch", c.imitation.batch, "imitation.micro_batches", c.imitation.micro_batches)
+  rollout = c.sim.num_envs * c.interaction.steps
+  _divides(c, "interaction.batch", c.interaction.batch, "interaction.micro_batches", c.interaction.micro_batches)
+  if rollout % c.interaction.batch:
+    raise ConfigError(f"interaction.batch = {c.interaction.batch} does not divide a rollout of sim.num_envs x "
+                      f"interaction.steps = {c.sim.num_envs} x {c.interaction.steps} = {rollout} steps")
+  for phase in c.phases:
+    section = c[phase]
+    total, optimiser = section.get("updates") or section.iterations, section.optimiser
+    if optimiser.schedule == "cosine" and optimiser.warmup_steps >= total:
+      raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} updates "
+                        f"to a cosine schedule: choose fewer than {total}")
+  if c.sim.image_size % c.policy.options.patch_size:
+    raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {c.policy.options.patch_size}")
+  for field in ("imitation.demonstrations", "evaluation.episodes", "preference.starts", "preference.samples"):
+    section, key = field.split(".")
+    if c[section][key] < 1:
+      raise ConfigError(f"{field} = {c[section][key]}: expected at least 1")
+  if c.preference.samples < 2 and "preference" in c.phases:
+    raise ConfigError(f"preference.samples = {c.preference.samples}: a pair needs at least 2 rollouts of one start")
+  if not 0 <= c.interaction.hp.discount <= 1:
+    raise ConfigError(f"interaction.hp.discount = {c.interaction.hp.discount}: expected 0 to 1")

@@ -1,0 +1,35 @@
+"""Loss kernels: pure functions of arrays. A kernel is named by a string, so that a config can choose one.
+
+A kernel takes arrays and keyword numbers and returns `(loss, metrics)`: a float32 scalar, and `{name: Mean}`
+where `metrics["loss"]` is the same loss kept as its two sums. No model, config or random key is inside, so
+the same kernel serves every backbone, and shards and micro-batches add exactly. Nothing is imported until a
+kernel is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+
+REGISTRY: dict[str, str] = {
+  "cross_entropy": "stare_jax.losses.imitation:cross_entropy",
+  "tpo": "stare_jax.losses.preference:tpo",
+  "stage_tpo": "stare_jax.losses.preference:stage_tpo",
+  "ppo": "stare_jax.losses.ppo:objective",
+}
+
+
+def names() -> tuple[str, ...]:
+  """The kernels that a config may name."""
+  return tuple(REGISTRY)
+
+
+def get(name: str) -> Callable:
+  """The kernel called `name`."""
+  if name not in REGISTRY:
+    near = difflib.get_close_matches(name, REGISTRY, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown loss {name!r}; {hint}known: {', '.join(REGISTRY)}")
+  module, attribute = REGISTRY[name].split(":")
+  return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,102 @@
+"""Preference: TPO and StA-TPO between two episodes of one start, and their exact gradient in little memory.
+
+A batch of B pairs is stacked as 2B episodes: row b is the first episode of pair b and row B + b the second.
+`sign` says which is preferred: +1 the first, -1 the second, 0 that there is no pair. It belongs to a stage as
+well as to a pair, because one episode may reach sooner and the other place better.
+
+Axes: B pairs, E = 2B episodes, T steps, K stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stare_jax.losses import ops
+from stare_jax.losses.ops import Array, Mean
+
+
+def stage_tpo(
+  log_ratio: Array, stage_id: Array, cost: Array, sign: Array, *, beta: float, cost_weight: float
+) -> tuple[Array, dict[str, Mean]]:
+  """Stage-aware trajectory preference (Eq. StA-TPO).
+
+      q[e,k]  = 1/T_k sum_{t in k} log pi(a_t|o_t) - log pi_ref(a_t|o_t)
+      q_hat   = q - cost_weight * cost
+      loss    = mean over existing (b,k) of -log sigmoid(beta * (q_hat of the preferred - q_hat of the other))
+
+    log_ratio: float32[E, T], nats per action (summed over its tokens); rows b and B + b are pair b.
+    stage_id: int32[E, T], 0-based; -1 is padding.
+    cost: float32[E, K], unitless stage costs; NaN where the stage has no steps.
+    sign: int8[B, K]. A stage in which either episode has no steps is no pair, whatever the sign.
+    beta: 1/nats. cost_weight: the paper's lambda, nats per unit of cost.
+  Returns: loss float32[], metrics over the existing (pair, stage): loss, margin (the sigmoid's argument),
+    accuracy (q alone, without the costs, ranks the pair rightly; a tie is wrong), chosen and rejected (their
+    q, nats), cost_gap (what the costs add to the gap, nats), and pairs_1 .. pairs_K, the share of the B pairs
+    that exist per stage.
+  """
+  sizes = ops.check(
+    log_ratio=(log_ratio, "ET", jnp.float32),
+    stage_id=(stage_id, "ET", jnp.int32),
+    cost=(cost, "EK", jnp.float32),
+    sign=(sign, "BK", jnp.int8),
+  )
+  if sizes["E"] != 2 * sizes["B"]:
+    raise ValueError(
+      f"log_ratio has {sizes['E']} episodes for {sizes['B']} pairs; expected {2 * sizes['B']}:"
+      " stack the first episode of every pair, then the second of every pair"
+    )
+  q, steps = ops.stage_mean(log_ratio, stage_id, sizes["K"])
+  (q_a, q_b), (steps_a, steps_b), (cost_a, cost_b) = (jnp.split(x, 2) for x in (q, steps, cost))
+  exists = (sign != 0) & (steps_a > 0) & (steps_b > 0)
+  chosen, rejected = jnp.where(sign > 0, q_a, q_b), jnp.where(sign > 0, q_b, q_a)
+  cost_gap = cost_weight * jnp.where(sign > 0, cost_b - cost_a, cost_a - cost_b)
+  # Masked before log_sigmoid: what does not exist must not reach the gradient.
+  margin = jnp.where(exists, beta * (chosen - rejected + cost_gap), 0.0)
+  loss = Mean.of(-jax.nn.log_sigmoid(margin), exists)
+  return loss.value(), {
+    "loss": loss,
+    "margin": Mean.of(margin, exists),
+    "accuracy": Mean.of(chosen > rejected, exists),
+    "chosen": Mean.of(chosen, exists),
+    "rejected": Mean.of(rejected, exists),
+    "cost_gap": Mean.of(cost_gap, exists),
+  } | {f"pairs_{k + 1}": Mean.of(column, jnp.ones_like(column)) for k, column in enumerate(exists.T)}
+
+
+def tpo(log_ratio: Array, valid: Array, sign: Array, *, beta: float) -> tuple[Array, dict[str, Mean]]:
+  """Trajectory preference (Eq. TPO), which is StA-TPO with one stage, the whole episode, and no cost.
+
+      q[e]  = 1/T sum_t log pi(a_t|o_t) - log pi_ref(a_t|o_t)
+      loss  = mean over existing b of -log sigmoid(beta * (q of the preferred - q of the other))
+
+    log_ratio: float32[E, T], nats per action. valid: bool[E, T]. sign: int8[B]. beta: 1/nats.
+  Returns: as `stage_tpo` with K = 1.
+  """
+  sizes = ops.check(log_ratio=(log_ratio, "ET", jnp.float32), valid=(valid, "ET", bool), sign=(sign, "B", jnp.int8))
+  whole = jnp.where(valid, 0, -1).astype(jnp.int32)
+  no_cost = jnp.zeros((sizes["E"], 1), jnp.float32)
+  return stage_tpo(log_ratio, whole, no_cost, sign[:, None], beta=beta, cost_weight=0.0)
+
+
+def two_pass(
+  kernel: Callable[..., tuple[Array, dict[str, Mean]]], log_ratio: Array, *args: Any, **kwargs: Any
+) -> tuple[tuple[Array, dict[str, Mean]], Array]:
+  """The loss and its coefficients c = d loss / d log_ratio, with which its gradient splits into steps.
+
+  A stage mean couples all its steps, so averaging the losses of step micro-batches gives another loss. But
+  the loss sees the parameters only through log_ratio, so its exact gradient is
+
+      grad L = sum_et c[e,t] grad log pi(a_et|o_et)
+
+  a sum that can be cut anywhere. Pass 1 fills log_ratio without gradients, in any chunks, and ends here; pass
+  2 adds up `jax.vjp(log_prob)(c)` chunk by chunk, with the activations of one chunk in memory.
+
+    kernel: `stage_tpo` or `tpo`; it is called as kernel(log_ratio, *args, **kwargs).
+    log_ratio: float32[E, T].
+  Returns: (loss, metrics), c float32[E, T]; c is zero on padding and in stages without a pair.
+  """
+  return jax.value_and_grad(kernel, has_aux=True)(log_ratio, *args, **kwargs)

@@ -1,0 +1,149 @@
+"""Transformer layers as functions of nested dicts: one ViT block, one Llama block, the loop over stacked layers.
+
+Axes: N rows, Q query positions, S key positions, H heads, E features per head, W width. Parameters of a stack of
+blocks carry a leading layer axis. Matrix products run in the dtype of their input; norms, softmax and rotations in
+float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Params = dict[str, Any]
+NEGATIVE = -1e30  # additive mask; finite, so that a fully masked row stays finite
+
+
+def dense(params: Params, x: jax.Array) -> jax.Array:
+  """[..., I] @ kernel [I, *O] (+ bias [*O]) -> [..., *O]; one matrix product over flattened rows and outputs."""
+  kernel = params["kernel"].astype(x.dtype)
+  lead, out = x.shape[:-1], kernel.shape[1:]
+  y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
+  if "bias" in params:
+    y = y + params["bias"].astype(x.dtype).reshape(-1)
+  return y.reshape(*lead, *out)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact form x Phi(x) with erf; the tanh approximation breaks parity with OpenVLA."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+def layer_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
+  y = x.astype(jnp.float32)
+  y = y - y.mean(-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+  return (y * params["scale"] + params["bias"]).astype(x.dtype)
+
+
+def rms_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
+  """Llama's order: float32 statistics, cast back, then times the weight."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+  return y.astype(x.dtype) * params["scale"].astype(x.dtype)
+
+
+def rotation(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """cos and sin float32[N, 1, Q, E/2] of rotary position embeddings at int positions [N, Q]."""
+  frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+  angle = positions[:, None, :, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Half-split (not interleaved) rotation of [N, H, Q, E]."""
+  cos, sin = rope
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], bias: jax.Array | None
+) -> jax.Array:
+  """softmax(q k^T / sqrt(E) + bias) v -> [N, Q, H*E].
+
+    q: [N, H, Q, E].
+    parts: keys and values [N, H, S_i, E]; attended to as if concatenated, without copying a cache to do so.
+    bias: float32[N, 1, Q, sum of S_i], additive.
+
+  Divides by the softmax's denominator last, where the array is smallest: a quarter of the time on CPU.
+  """
+  n, heads, count, size = q.shape
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  score = jnp.concatenate([product("nhqe,nhse->nhqs", q, k) for k, _ in parts], axis=-1) * size**-0.5
+  score = score if bias is None else score + bias
+  weight = jnp.exp(score - jax.lax.stop_gradient(score.max(axis=-1, keepdims=True)))
+  edges = list(itertools.accumulate(k.shape[2] for k, _ in parts))[:-1]
+  weights = jnp.split(weight.astype(q.dtype), edges, axis=-1)
+  out = sum(product("nhqs,nhse->nhqe", w, v) for w, (_, v) in zip(weights, parts))
+  out = (out / weight.sum(axis=-1, keepdims=True)).astype(q.dtype)
+  return out.transpose(0, 2, 1, 3).reshape(n, count, heads * size)
+
+
+def split_heads(qkv: jax.Array, head_size: int) -> jax.Array:
+  """[N, Q, 3, W] -> [3, N, H, Q, E]."""
+  n, count, _, width = qkv.shape
+  return qkv.reshape(n, count, 3, width // head_size, head_size).transpose(2, 0, 3, 1, 4)
+
+
+def vit_block(params: Params, x: jax.Array, *, head_size: int, eps: float = 1e-6) -> jax.Array:
+  """Pre-norm block of a timm vision transformer, with LayerScale where the parameters have it. [N, P, W]."""
+  q, k, v = split_heads(dense(params["attn"]["qkv"], layer_norm(params["norm1"], x, eps)), head_size)
+  y = dense(params["attn"]["out"], attention(q, [(k, v)], None))
+  x = x + (y * params["scale1"].astype(y.dtype) if "scale1" in params else y)
+  y = dense(params["mlp"]["down"], gelu(dense(params["mlp"]["up"], layer_norm(params["norm2"], x, eps))))
+  return x + (y * params["scale2"].astype(y.dtype) if "scale2" in params else y)
+
+
+def llama_block(
+  params: Params,
+  x: jax.Array,
+  *,
+  rope: tuple[jax.Array, jax.Array],
+  bias: jax.Array,
+  head_size: int,
+  eps: float,
+  past: Sequence[tuple[jax.Array, jax.Array]] = (),
+  queries: int | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """One decoder layer on [N, Q, W].
+
+    rope: rotations of the Q positions.
+    bias: float32[N, 1, Q, S + Q], 0 where a position may be seen and `NEGATIVE` where not.
+    past: keys and values [N, H, S_i, E] that precede x, already rotated.
+    queries: compute only the last so many positions; all Q still serve as keys.
+  Returns: [N, queries, W] and the keys and values [N, H, Q, E] of x.
+  """
+  q, k, v = split_heads(dense(params["attn"]["qkv"], rms_norm(params["norm1"], x, eps)), head_size)
+  k = rotate(k, rope)
+  if queries is not None:
+    x, q, bias, *rope = x[:, -queries:], *(a[:, :, -queries:] for a in (q, bias, *rope))
+  x = x + dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], bias))
+  gate_up = dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps))
+  x = x + dense(params["mlp"]["down"], jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+  return x, (k, v)
+
+
+def stack(
+  body: Callable, x: jax.Array, inputs: Any, *, unroll: bool, remat: bool, last: Callable | None = None
+) -> tuple[jax.Array, Any]:
+  """x through all layers: body(x, layer inputs) -> (x, layer output); outputs stacked. Scanned, or unrolled.
+
+  A scan compiles one layer whatever the depth. Copies run faster on CPU at small depth, and can end in the cheaper
+  `last` layer.
+  """
+  wrap = jax.checkpoint if remat else lambda f: f
+  if not unroll:
+    return jax.lax.scan(wrap(body), x, inputs)
+  depth, outputs = len(jax.tree.leaves(inputs)[0]), []
+  for i in range(depth):
+    layer = wrap(last if last and i == depth - 1 else body)
+    x, output = layer(x, jax.tree.map(operator.itemgetter(i), inputs))
+    outputs.append(output)
+  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

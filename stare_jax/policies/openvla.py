@@ -1,0 +1,447 @@
+"""OpenVLA: two fused vision transformers, a projector, a Llama decoder, 256 action bins, and a value head. Any size.
+
+  image -> DINOv2-like ViT  \\
+                             concat -> MLP projector -> P patch embeddings
+  image -> SigLIP-like ViT  /
+  [BOS, patches, prompt, START, a_1 .. a_7] -> causal Llama -> logits of a_1 .. a_7 over the action ids, value
+
+`TINY` and `SEVEN_B` are two configurations of the same code. Parameters are nested dicts (`specs` is their table);
+the parts of OpenVLA that its forward never uses (last block and final norm of both ViTs, SigLIP's pooling) do not
+exist here.
+
+Axes: N rows, P patches, L prompt tokens, A action tokens, V action bins.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.policies import Act, ActionStats, Obs, Output, Policy
+from stare_jax.policies import layers as nn
+from stare_jax.policies import tokenizer as tok
+from stare_jax.policies.sizes import Config, Vision, configure
+
+Params = dict[str, Any]
+
+
+# Sharding words of the last axes; the first pattern that matches the whole path of a parameter wins.
+PARAM_AXES = (
+  (r".*/table", ("vocab", "embed")),
+  (r".*/attn/qkv/kernel", ("embed", None, "heads")),
+  (r".*/attn/qkv/bias", (None, "heads")),
+  (r".*/attn/out/kernel", ("heads", "embed")),
+  (r".*/mlp/gate_up/kernel", ("embed", None, "mlp")),
+  (r".*/mlp/up/kernel", ("embed", "mlp")),
+  (r".*/mlp/up/bias", ("mlp",)),
+  (r".*/mlp/down/kernel", ("mlp", "embed")),
+  (r"projector/fc[13]/kernel", ("embed", "mlp")),
+  (r"projector/fc[13]/bias", ("mlp",)),
+  (r"projector/fc2/kernel", ("mlp", "embed")),
+  (r"value/fc1/kernel", ("embed", None)),
+  (r"value/fc\d+/kernel", (None, None)),
+  (r".*/patch/kernel", (None, "embed")),
+  (r".*/(position|prefix)", (None, None)),
+  (r".*/(bias|scale\d?)", (None,)),
+)
+
+
+class Spec(NamedTuple):
+  """A parameter: its shape, and how it starts (a standard deviation, or a constant)."""
+
+  shape: tuple[int, ...]
+  std: float | None = None
+  fill: float = 0.0
+
+
+def specs(config: Config) -> dict[str, Any]:
+  """The table of all parameters, nested as they are. Kernels are [in, *out]; stacked blocks lead with the layer."""
+
+  def linear(size, *out, bias=True, lead=(), gain=1.0):
+    kernel = {"kernel": Spec((*lead, size, *out), std=gain * size**-0.5)}
+    return {**kernel, "bias": Spec((*lead, *out))} if bias else kernel
+
+  def vit(v: Vision):
+    lead = (v.depth - 1,)
+    inner = functools.partial(linear, lead=lead)
+    residual = functools.partial(inner, gain=(2 * v.depth) ** -0.5)  # branches add up to the scale of one
+    norm = lambda: {"scale": Spec((*lead, v.width), fill=1.0), "bias": Spec((*lead, v.width))}
+    blocks = {
+      "norm1": norm(),
+      "attn": {"qkv": inner(v.width, 3, v.width), "out": residual(v.width, v.width)},
+      "norm2": norm(),
+      "mlp": {"up": inner(v.width, v.mlp), "down": residual(v.mlp, v.width)},
+    }
+    if v.layer_scale is not None:
+      blocks |= {name: Spec((*lead, v.width), fill=v.layer_scale) for name in ("scale1", "scale2")}
+    out = {
+      "patch": linear(3 * config.patch_size**2, v.width),
+      "position": Spec((config.patches, v.width), std=config.position_std),
+      "layers": blocks,
+    }
+    return out | ({"prefix": Spec((v.prefix_tokens, v.width), std=0.02)} if v.prefix_tokens else {})
+
+  width, lead = config.llm_width, (config.llm_depth,)
+  inner = functools.partial(linear, bias=False, lead=lead)
+  residual = functools.partial(inner, gain=(2 * config.llm_depth) ** -0.5)
+  llm = {
+    "embed": {"table": Spec((config.vocabulary, width), std=config.embedding_std)},
+    "layers": {
+      "norm1": {"scale": Spec((*lead, width), fill=1.0)},
+      "attn": {"qkv": inner(width, 3, width), "out": residual(width, width)},
+      "norm2": {"scale": Spec((*lead, width), fill=1.0)},
+      "mlp": {"gate_up": inner(width, 2, config.llm_mlp), "down": residual(config.llm_mlp, width)},
+    },
+    "norm": {"scale": Spec((width,), fill=1.0)},
+    "head": {"table": Spec((config.vocabulary, width), std=0.02)},
+  }
+  features = config.dino.width + config.siglip.width
+  sizes = (width, *config.value_hidden, 1)
+  value = {
+    f"fc{i + 1}": linear(a, b, bias=b != 1, gain=0.0 if b == 1 else 1.0)  # the value starts at 0
+    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:]))
+  }
+  return {
+    "vision": {"dino": vit(config.dino), "siglip": vit(config.siglip)},
+    "projector": {
+      "fc1": linear(features, config.projector),
+      "fc2": linear(config.projector, width),
+      "fc3": linear(width, width),
+    },
+    "llm": llm,
+    "value": value,
+  }
+
+
+def init(config: Config, key: jax.Array) -> Params:
+  """Parameters for learning from scratch: truncated normals scaled by fan-in, residual branches by depth."""
+  table, tree = jax.tree.flatten(specs(config), is_leaf=lambda x: isinstance(x, Spec))
+  dtype = jnp.dtype(config.param_dtype)
+
+  def draw(spec: Spec, key):
+    if spec.std is None:
+      return jnp.full(spec.shape, spec.fill, dtype)
+    # 0.8796 is the standard deviation of a normal cut at two sigma.
+    return (jax.random.truncated_normal(key, -2, 2, spec.shape) * (spec.std / 0.87962566)).astype(dtype)
+
+  return jax.tree.unflatten(tree, [draw(s, k) for s, k in zip(table, jax.random.split(key, len(table)))])
+
+
+def patchify(image: jax.Array, size: int) -> jax.Array:
+  """[N, H, W, 3] -> [N, P, size * size * 3], patches row-major, pixels (row, column, channel) inside."""
+  n, h, w, c = image.shape
+  x = image.reshape(n, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(n, (h // size) * (w // size), size * size * c)
+
+
+def encode_vision(params: Params, image: jax.Array, vision: Vision, config: Config) -> jax.Array:
+  """[N, H, W, 3] in [0, 1] -> features [N, P, width] of the second-to-last block; no final norm."""
+  dtype = jnp.dtype(config.compute_dtype)
+  image = (image - jnp.array(vision.mean)) / jnp.array(vision.std)
+  x = nn.dense(params["patch"], patchify(image.astype(dtype), config.patch_size))
+  x = x + params["position"].astype(dtype)
+  if vision.prefix_tokens:
+    prefix = jnp.broadcast_to(params["prefix"].astype(dtype), (len(x), vision.prefix_tokens, vision.width))
+    x = jnp.concatenate([prefix, x], axis=1)
+  block = lambda x, layer: (nn.vit_block(layer, x, head_size=vision.head_size), None)
+  x, _ = nn.stack(block, x, params["layers"], unroll=config.unroll, remat=config.remat)
+  return x[:, vision.prefix_tokens :]
+
+
+def encode_image(params: Params, image: jax.Array, config: Config) -> jax.Array:
+  """uint8[N, H, W, 3] -> patch embeddings [N, P, llm_width]."""
+  if image.dtype != jnp.uint8 or image.shape[1:] != (config.image_size, config.image_size, 3):
+    raise ValueError(
+      f"image: got {image.dtype}{image.shape}, expected uint8[N, {config.image_size}, {config.image_size}, 3]; "
+      "Policy.encode resizes"
+    )
+  image = image.astype(jnp.float32) / 255
+  views = [encode_vision(params["vision"][k], image, getattr(config, k), config) for k in ("dino", "siglip")]
+  x = jnp.concatenate(views, axis=-1)
+  projector = params["projector"]
+  return nn.dense(projector["fc3"], nn.gelu(nn.dense(projector["fc2"], nn.gelu(nn.dense(projector["fc1"], x)))))
+
+
+def embed(params: Params, ids: jax.Array, config: Config) -> jax.Array:
+  return params["llm"]["embed"]["table"][ids].astype(config.compute_dtype)
+
+
+def sequence(params: Params, obs: Obs, actions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+  """[BOS, patches, prompt, START, actions] as embeddings [N, S, W], and the mask bool[N, S] of what is not padding.
+
+  actions: int32[N, M], the bins of the first M action tokens.
+  """
+  n, patches = len(obs.prompt), config.patches
+  text = embed(params, jnp.concatenate([obs.prompt, actions + config.first_action], axis=1), config)
+  image = encode_image(params, obs.image, config)
+  x = jnp.concatenate([text[:, :1], image, text[:, 1:]], axis=1)
+  seen = lambda length: jnp.ones((n, length), bool)
+  mask = [obs.prompt_mask[:, :1], seen(patches), obs.prompt_mask[:, 1:], seen(actions.shape[1])]
+  return x, jnp.concatenate(mask, axis=1)
+
+
+def decoder(params: Params, x: jax.Array, mask: jax.Array, config: Config, *, tail: int, cache: bool = False):
+  """The Llama layers over a whole sequence, before the final norm.
+
+    mask: bool[N, S]; positions count what is not padding, and padding is never attended to.
+    tail: how many of the last positions are wanted.
+    cache: also return keys and values.
+  Returns: [N, tail, W] and, if `cache`, the stacked (keys, values) [layers, N, H, S, E].
+  """
+  rope = nn.rotation(jnp.cumsum(mask, axis=1) - 1, config.llm_head_size, config.rope_theta)
+  causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
+  bias = jnp.where(causal & mask[:, None, None, :], 0.0, nn.NEGATIVE)
+  block = functools.partial(
+    nn.llama_block, rope=rope, bias=bias, head_size=config.llm_head_size, eps=config.rms_eps
+  )
+
+  def body(x, layer, queries=None):
+    x, kv = block(layer, x, queries=queries)
+    return x, kv if cache else None
+
+  last = functools.partial(body, queries=tail)
+  x, kv = nn.stack(body, x, params["llm"]["layers"], unroll=config.unroll, remat=config.remat, last=last)
+  return x[:, -tail:], kv
+
+
+def final_norm(params: Params, x: jax.Array, config: Config) -> jax.Array:
+  return nn.rms_norm(params["llm"]["norm"], x, config.rms_eps)
+
+
+def action_logits(params: Params, hidden: jax.Array, config: Config) -> jax.Array:
+  """[..., W] after the final norm -> float32[..., V], lm_head's rows of the action ids only."""
+  table = params["llm"]["head"]["table"][config.first_action : config.action_end].astype(hidden.dtype)
+  return jnp.einsum("...w,vw->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+def value_head(params: Params, hidden: jax.Array) -> jax.Array:
+  """[N, W] after the final norm, at the position that predicts the first action token -> float32[N]."""
+  heads = [params["value"][f"fc{i + 1}"] for i in range(len(params["value"]))]
+  x = hidden.astype(jnp.float32)
+  for head in heads[:-1]:
+    x = nn.gelu(nn.dense(head, x))
+  return nn.dense(heads[-1], x)[..., 0]
+
+
+def extend(params: Params, bins: jax.Array, start: int | jax.Array, mask: jax.Array, past, config: Config):
+  """The next action tokens through the decoder, against the cache.
+
+    bins: int32[N, C], action tokens start .. start + C - 1.
+    mask: bool[N, S] of the prefix.
+    past: ((keys, values) of the prefix [layers, N, H, S, E], (keys, values) of the action tokens so far, padded to
+      [layers, N, H, A, E]).
+  Returns: [N, W] after the final norm at the last of the tokens, and the second half of `past` with them in.
+  """
+  prefix, suffix = past
+  count = bins.shape[1]
+  x = embed(params, bins + config.first_action, config)
+  positions = mask.sum(axis=1, keepdims=True) + start + jnp.arange(count)
+  rope = nn.rotation(positions, config.llm_head_size, config.rope_theta)
+  written = jnp.broadcast_to(jnp.arange(suffix[0].shape[3]) < start, (count, suffix[0].shape[3]))
+  inside = jnp.concatenate([written, jnp.tril(jnp.ones((count, count), bool))], axis=1)
+  shape = (len(x), 1, count)
+  seen = [jnp.broadcast_to(m, (*shape, m.shape[-1])) for m in (mask[:, None, None, :], inside[None, None])]
+  bias = jnp.where(jnp.concatenate(seen, axis=-1), 0.0, nn.NEGATIVE)
+
+  def body(x, inputs):
+    layer, *past = inputs
+    return nn.llama_block(
+      layer, x, rope=rope, bias=bias, head_size=config.llm_head_size, eps=config.rms_eps, past=past
+    )
+
+  x, new = nn.stack(body, x, (params["llm"]["layers"], prefix, suffix), unroll=config.unroll, remat=False)
+  at = (0, 0, 0, start, 0)
+  suffix = jax.tree.map(lambda old, add: jax.lax.dynamic_update_slice(old, add, at), suffix, new)
+  return final_norm(params, x[:, -1], config), suffix
+
+
+class Actions(NamedTuple):
+  """What is known about the action before looking: host constants.
+
+    free: bool[A], the dimensions with a choice.
+    constant: int32[A], the only bin of the others.
+  """
+
+  free: np.ndarray
+  constant: np.ndarray
+
+  @property
+  def last(self) -> int:
+    """The last dimension with a choice; the tokens from there on never enter the network."""
+    return int(np.flatnonzero(self.free)[-1])
+
+  def constrain(self, logits: jax.Array) -> jax.Array:
+    """float32[N, A', V] -> [N, A, V]: a dimension without choice puts all probability on its bin, without gradient."""
+    n, _, bins = logits.shape
+    forced = np.where(np.arange(bins) == self.constant[:, None], 0.0, -1e9).astype(np.float32)
+    logits = jnp.pad(logits, ((0, 0), (0, len(self.free) - logits.shape[1]), (0, 0)))
+    return jnp.where(self.free[:, None], logits, forced)
+
+
+def apply(config: Config, actions: Actions, params: Params, obs: Obs, tokens: jax.Array) -> Output:
+  """Teacher-forced logits of all action tokens, and the value."""
+  check(config, obs, tokens)
+  count = actions.last + 1
+  x, mask = sequence(params, obs, tokens[:, : count - 1], config)
+  hidden = final_norm(params, decoder(params, x, mask, config, tail=count)[0], config)
+  logits = actions.constrain(action_logits(params, hidden, config))
+  return Output(logits=logits, value=value_head(params, hidden[:, 0]))
+
+
+def value(config: Config, params: Params, obs: Obs) -> jax.Array:
+  """float32[N]."""
+  check(config, obs)
+  x, mask = sequence(params, obs, jnp.zeros((len(obs.prompt), 0), jnp.int32), config)
+  return value_head(params, final_norm(params, decoder(params, x, mask, config, tail=1)[0], config)[:, 0])
+
+
+def log_prob(logits: jax.Array, token: jax.Array, temperature: jax.Array) -> jax.Array:
+  """log softmax(logits / temperature) at the token, float32[N]; 0 in the greedy limit, temperature 0."""
+  greedy = temperature <= 0
+  scaled = jax.nn.log_softmax(logits / jnp.where(greedy, 1.0, temperature))
+  return jnp.where(greedy, 0.0, jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0])
+
+
+def act(
+  config: Config, actions: Actions, params: Params, obs: Obs, keys: jax.Array, temperature: jax.Array
+) -> Act:
+  """Sample an action token by token: the prefix once, then each token against the cached keys and values."""
+  check(config, obs)
+  n, size = len(obs.prompt), config.action_size
+  if jnp.issubdtype(keys.dtype, jnp.uint32):
+    keys = jax.random.wrap_key_data(keys)
+  x, mask = sequence(params, obs, jnp.zeros((n, 0), jnp.int32), config)
+  x, prefix = decoder(params, x, mask, config, tail=1, cache=True)
+  hidden = final_norm(params, x[:, 0], config)
+  gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (size, config.bins)), out_axes=1)(keys)
+  forced = actions.constrain(jnp.zeros((1, 0, config.bins)))[0]
+
+  def choose(hidden, dim):
+    logits = jnp.where(jnp.asarray(actions.free)[dim], action_logits(params, hidden, config), forced[dim])
+    token = jnp.argmax(logits + temperature * gumbel[dim], axis=-1).astype(jnp.int32)  # Gumbel-max; greedy at 0
+    return token, log_prob(logits, token, temperature)
+
+  def advance(suffix, tokens, start):
+    return extend(params, tokens, start, mask, (prefix, suffix), config)
+
+  suffix = jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:3], size, kv.shape[-1]), kv.dtype), prefix)
+  loop = unrolled if config.unroll else scanned
+  tokens, logp = loop(actions, choose, advance, hidden, suffix)
+  return Act(tokens=tokens, log_prob=logp, value=value_head(params, hidden))
+
+
+def scanned(actions: Actions, choose: Callable, advance: Callable, hidden: jax.Array, suffix: Any):
+  """The loop over action tokens as one scan. Returns tokens int32[N, A] and log-probs float32[N, A]."""
+
+  def step(carry, dim):
+    hidden, suffix = carry
+    token, logp = choose(hidden, dim)
+    return advance(suffix, token[:, None], dim), (token, logp)
+
+  last = len(actions.free) - 1  # nothing follows the last token, so it is chosen outside
+  (hidden, _), chosen = jax.lax.scan(step, (hidden, suffix), np.arange(last))
+  return tuple(jnp.concatenate([c, f[None]]).T for c, f in zip(chosen, choose(hidden, last)))
+
+
+def unrolled(actions: Actions, choose: Callable, advance: Callable, hidden: jax.Array, suffix: Any):
+  """The same loop in copies: tokens without choice go through the network together with the choice before them."""
+  tokens, logps, entered = [], [], 0
+  for dim, free in enumerate(actions.free):
+    if free and entered < dim:
+      hidden, suffix = advance(suffix, jnp.stack(tokens[entered:], axis=1), entered)
+      entered = dim
+    if free:
+      token, logp = choose(hidden, dim)
+    else:
+      token, logp = jnp.full(len(hidden), actions.constant[dim], jnp.int32), jnp.zeros(len(hidden))
+    tokens.append(token)
+    logps.append(logp)
+  return jnp.stack(tokens, axis=1), jnp.stack(logps, axis=1)
+
+
+def check(config: Config, obs: Obs, tokens: jax.Array | None = None) -> None:
+  """Shapes and dtypes, at trace time."""
+  n = len(obs.image)
+  if obs.prompt.shape != (n, config.prompt_length) or obs.prompt_mask.shape != obs.prompt.shape:
+    raise ValueError(
+      f"prompt {obs.prompt.shape}, prompt_mask {obs.prompt_mask.shape}: expected ({n}, {config.prompt_length}), "
+      "as Policy.encode makes them"
+    )
+  if tokens is not None and (tokens.shape != (n, config.action_size) or not jnp.issubdtype(tokens.dtype, jnp.integer)):
+    raise ValueError(f"tokens: got {tokens.dtype}{tokens.shape}, expected int32[{n}, {config.action_size}]")
+
+
+def encode_prompt(config: Config, tokenize: Callable[[str], list[int]], instruction: str):
+  """(ids int32[L], mask bool[L]) of [BOS, padding, text, START].
+
+  Padding follows BOS, because the patches are inserted behind BOS and the last token must be START: the action tokens
+  then sit at the same place in every row. Positions count only what is not padding, so a row equals its unpadded run.
+  """
+  text = list(tokenize(config.template.format(instruction=instruction.lower())))
+  text = text if text and text[-1] == config.start else [*text, config.start]
+  padding = config.prompt_length - 1 - len(text)
+  if padding < 0:
+    raise ValueError(
+      f"instruction {instruction!r} takes {len(text) + 1} tokens; prompt_length is {config.prompt_length}: "
+      "shorten it or raise prompt_length"
+    )
+  ids = [config.bos, *[config.pad] * padding, *text]
+  return np.array(ids, np.int32), np.array([True, *[False] * padding, *[True] * len(text)])
+
+
+def encode(config: Config, prompt: Callable[[str], Any], images: np.ndarray, instructions: Sequence[str]) -> Obs:
+  """Host: frames uint8[N, H, W, 3] to the network's size, instructions to padded ids."""
+  images = np.asarray(images)
+  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    raise ValueError(f"encode: got {images.dtype}{images.shape}, expected images uint8[N, H, W, 3]")
+  if len(images) != len(instructions):
+    raise ValueError(f"encode: {len(images)} images but {len(instructions)} instructions; give one for each image")
+  size = config.image_size
+  if images.shape[1:3] != (size, size):
+    from PIL import Image  # only where a simulator renders at another size
+
+    images = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC)) for x in images])
+  ids, masks = zip(*map(prompt, instructions))
+  return Obs(image=images, prompt=np.stack(ids), prompt_mask=np.stack(masks))
+
+
+def make(
+  *,
+  size: str = "tiny",
+  stats: ActionStats,
+  tokenizer: Callable[[str], list[int]] | None = None,
+  **options: Any,
+) -> Policy:
+  """A policy of `SIZES`, changed by any field of `Config`.
+
+    stats: of the actions; a dimension with q99 == q01 has no choice.
+    tokenizer: text to ids without begin token; needed where the configuration has no built-in one.
+  """
+  config = configure(size, options)
+  codec = tok.ActionCodec(*stats, bins=config.bins)
+  if len(codec.q01) != config.action_size:
+    raise ValueError(f"action statistics have {len(codec.q01)} dimensions, the policy {config.action_size}")
+  if not codec.free.any():
+    raise ValueError("action statistics: q99 == q01 in every dimension, so there is nothing to learn")
+  tokenizer = tok.WordTokenizer() if config.word_tokenizer and tokenizer is None else tokenizer
+  if tokenizer is None:
+    raise ValueError(f"policy size {size!r} needs tokenizer=: a function from text to its vocabulary's ids")
+  actions = Actions(free=codec.free, constant=codec.constant_tokens)
+  prompt = functools.cache(functools.partial(encode_prompt, config, tokenizer))
+  return Policy(
+    init=functools.partial(init, config),
+    apply=functools.partial(apply, config, actions),
+    act=functools.partial(act, config, actions),
+    value=functools.partial(value, config),
+    encode=functools.partial(encode, config, prompt),
+    decode=codec.decode,
+    tokenize=codec.tokenize,
+    param_axes=PARAM_AXES,
+    config=config,
+    free=tuple(bool(x) for x in codec.free),
+  )

@@ -1,0 +1,209 @@
+"""Where arrays live: a mesh with three axes, rules in words, and the only host-to-device door.
+
+  data    copies of the model; each sees its own rows of the batch
+  fsdp    rows of the batch as well, and the parameters (with their optimiser moments) cut in pieces
+  tensor  wide layers cut in pieces; every device sees the same rows
+
+A backbone names the axes of its weights in the words of `RULES` (`Policy.param_axes`); model code never sees a mesh.
+The optimiser's moments follow their parameter, by path. A parameter that no line of the table matches is an error
+that names it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH = ("data", "fsdp", "tensor")
+RULES: dict[str, Any] = {  # word -> mesh axis (or axes), None = not cut
+  "batch": ("data", "fsdp"),
+  "embed": "fsdp",
+  "heads": "tensor",
+  "mlp": "tensor",
+  "vocab": "tensor",
+  "layers": None,
+}
+ParamAxes = Sequence[tuple[str, tuple[str | None, ...]]]  # (pattern of the whole path, words of the last axes)
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of this run. `sizes` maps `MESH` names to device counts; -1 (at most one) takes what is left."""
+  sizes = dict({"data": -1} if sizes is None else sizes)
+  if unknown := [name for name in sizes if name not in MESH]:
+    raise ValueError(f"mesh: unknown axes {unknown}; the axes are {list(MESH)}")
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = {name: int(sizes.get(name, 1)) for name in MESH}
+  if bad := {n: s for n, s in sizes.items() if s < 1 and s != -1}:
+    raise ValueError(f"mesh: {bad} must be a positive device count, or -1 for the rest")
+  rest = [name for name in MESH if sizes[name] == -1]
+  fixed = math.prod(s for s in sizes.values() if s != -1)
+  if len(rest) > 1:
+    raise ValueError(f"mesh: only one axis may be -1, got {rest}")
+  if len(devices) % fixed or (not rest and fixed != len(devices)):
+    raise ValueError(
+      f"mesh: {sizes} needs {'a multiple of ' if rest else ''}{fixed} devices, this machine shows {len(devices)}; "
+      f"change config.mesh (data=-1 takes the rest) or the number of devices"
+    )
+  if rest:
+    sizes[rest[0]] = len(devices) // fixed
+  shape = tuple(sizes[name] for name in MESH)
+  return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=devices)
+
+
+def path_name(path: Any) -> str:
+  """A tree path as one string, "layers/attn/q/kernel"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+  """In how many pieces the batch axis is cut."""
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def batch_sharding(mesh: Mesh, lead: int = 0) -> NamedSharding:
+  """Rows over data and fsdp; the batch axis is axis number `lead`."""
+  return NamedSharding(mesh, P(*([None] * lead), RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def param_spec(path: str, shape: tuple[int, ...], param_axes: ParamAxes, mesh: Mesh) -> P:
+  """The rule of one parameter. Words name its last axes, so a stack of scanned layers needs no rule of its own."""
+  words = next((words for pattern, words in param_axes if re.fullmatch(pattern, path)), None)
+  if words is None:
+    raise ValueError(
+      f'no sharding rule for {path} {shape}; add one line to PARAM_AXES, such as (r"{re.escape(path)}", '
+      f"{(None,) * max(len(shape), 1)}), with words out of {list(RULES)} or None"
+    )
+  known = [word for word in RULES if word != "batch"]
+  if unknown := [w for w in words if w is not None and w not in known]:
+    raise ValueError(f"sharding rule of {path}: unknown words {unknown}; the words are {known}")
+  if len(words) > len(shape) and any(words):
+    raise ValueError(f"sharding rule of {path} {shape}: {len(words)} words {words} for {len(shape)} axes")
+  spec = [None] * (len(shape) - len(words)) + [None if w is None else RULES[w] for w in words]
+  spec = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec[: len(shape)]]
+  for size, axis in zip(shape, spec, strict=True):
+    if axis is not None and size % mesh.shape[axis]:
+      raise ValueError(
+        f"{path} {shape}: an axis of {size} does not divide over {mesh.shape[axis]} {axis} devices; "
+        f"change config.mesh.{axis} or give this parameter a line of None in PARAM_AXES"
+      )
+  while spec and spec[-1] is None:
+    spec.pop()
+  return P(*spec)
+
+
+def shardings(params: Any, param_axes: ParamAxes | None, mesh: Mesh) -> Any:
+  """A NamedSharding for every parameter (arrays or ShapeDtypeStructs); without a table all are replicated."""
+  if param_axes is None:
+    return jax.tree.map(lambda _: replicated(mesh), params)
+  rule = lambda path, x: NamedSharding(mesh, param_spec(path_name(path), tuple(x.shape), param_axes, mesh))
+  return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def like_params(tree: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
+  """Shardings of a tree that holds copies of the parameter tree (moments): the same rule by path and shape.
+
+  A leaf follows the parameter whose path ends its own path; every other leaf (counters, scales) is replicated.
+  """
+  paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  shapes = [tuple(x.shape) for x in jax.tree.leaves(params)]
+  rules = dict(zip(zip(paths, shapes, strict=True), jax.tree.leaves(param_shardings), strict=True))
+
+  def follow(path: Any, x: Any) -> NamedSharding:
+    parts = path_name(path).split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((rules[end, tuple(x.shape)] for end in ends if (end, tuple(x.shape)) in rules), replicated(mesh))
+
+  return jax.tree_util.tree_map_with_path(follow, tree)
+
+
+def local_batch_shards(mesh: Mesh) -> int:
+  """How many of the batch's pieces live on this process."""
+  axes = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
+  mine = [
+    tuple(at[a] for a in axes) for at, d in np.ndenumerate(mesh.devices) if d.process_index == jax.process_index()
+  ]
+  return len(set(mine))
+
+
+def check_batch(batch: Any, mesh: Mesh | None) -> None:
+  """Host only: every array's rows divide over this process's pieces of the batch."""
+  pieces = 1 if mesh is None else local_batch_shards(mesh)
+  for path, x in jax.tree_util.tree_leaves_with_path(batch):
+    if np.ndim(x) and np.shape(x)[0] % pieces:
+      raise ValueError(
+        f"batch: {path_name(path) or 'array'} {np.shape(x)} has {np.shape(x)[0]} rows, which do not divide over "
+        f"{pieces} devices (data x fsdp = {batch_shards(mesh)}); make the batch a multiple of {pieces}, or change "
+        f"config.mesh"
+      )
+
+
+def _own(x: Any) -> Any:
+  """A CPU device may alias a numpy buffer, and the caller is free to write the next batch into it: copy first."""
+  return x if isinstance(x, jax.Array) else np.array(x)
+
+
+def put(batch: Any, mesh: Mesh | None = None) -> Any:
+  """The door down: a tree of host arrays [rows, ...] becomes device arrays, rows over data and fsdp.
+
+  Each process passes its own rows; scalars are replicated. The host's memory may be reused as soon as this returns.
+  """
+  check_batch(batch, mesh)
+  batch = jax.tree.map(_own, batch)
+  if mesh is None:
+    return jax.device_put(batch)
+  rows, whole = batch_sharding(mesh), replicated(mesh)
+  places = jax.tree.map(lambda x: rows if np.ndim(x) else whole, batch)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, places)
+  return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, places)
+
+
+def place(tree: Any, places: Any) -> Any:
+  """Moves a tree whose value every process holds whole (parameters just read from a file) to its shardings."""
+  tree = jax.tree.map(_own, tree)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, places)
+  piece = lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda index: np.asarray(x)[index])
+  return jax.tree.map(piece, tree, places)
+
+
+def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
+  """The whole value on every device of the mesh."""
+  if mesh is None:
+    return jax.device_put(jax.tree.map(_own, tree))
+  return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def table(params: Any, places: Any, mesh: Mesh, *, rows: int = 12) -> str:
+  """What start-up prints: the mesh, bytes on each device, and the largest parameters that are not cut."""
+  total = on_device = 0
+  whole = []
+  for (path, x), place_ in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(places), strict=True):
+    item = np.dtype(x.dtype).itemsize
+    size, local = math.prod(x.shape) * item, math.prod(place_.shard_shape(tuple(x.shape))) * item
+    total, on_device = total + size, on_device + local
+    if local == size:
+      whole.append((size, path_name(path), tuple(x.shape)))
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  shape = " x ".join(f"{name} {mesh.shape[name]}" for name in mesh.axis_names)
+  lines = [
+    f"mesh         {shape} = {mesh.size} {mesh.devices.flat[0].platform} devices",
+    f"parameters   {count:,} in {total / 2**20:.1f} MiB; {on_device / 2**20:.1f} MiB on each device",
+  ]
+  if mesh.size > 1:
+    uncut = sum(size for size, *_ in whole)
+    lines.append(f"replicated   {uncut / 2**20:.2f} MiB ({100 * uncut / max(total, 1):.1f} % of the parameters)")
+    largest = sorted(whole, key=lambda row: (-row[0], row[1]))[:rows]
+    lines += [f"  {size / 2**20:9.3f} MiB  {path} {dims}" for size, path, dims in largest]
+  return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""Cheap visuals for software rendering: a decimated Panda and a two-triangle floor. Collision shapes are untouched.
+
+Software rendering of the table-top scenes is bound by vertices: the Panda's visual meshes hold 135 thousand triangles,
+the floor 20 thousand. `enable` makes ManiSkill draw a decimated copy, written once per user and version to
+$XDG_CACHE_HOME/stare_jax (~/.cache/stare_jax) and reused by every worker. Runs in the worker process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import importlib.metadata
+import os
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+
+_VERSION = 1  # of the recipe below: a change of it makes a new cache folder
+_MIN_FACES = 60
+_CREASE = 35.0  # degrees; sharper edges keep flat shading
+
+
+def cache_root() -> pathlib.Path:
+  """The per-user cache folder."""
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  return pathlib.Path(base) / "stare_jax"
+
+
+def panda_folder(ratio: float) -> pathlib.Path:
+  """A copy of the Panda's description whose visual meshes keep `ratio` of their triangles; built at the first call.
+
+  Safe under concurrent workers (one builds, the others wait) and under kill -9 (a half-written copy is never seen).
+  """
+  version = importlib.metadata.version("mani_skill")
+  root = cache_root()
+  target = root / f"panda-lite{_VERSION}-maniskill{version}-{ratio:g}"
+  if target.is_dir():
+    return target
+  root.mkdir(parents=True, exist_ok=True)
+  with open(root / "panda.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not target.is_dir():
+      for stale in root.glob(f".{target.name}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+      building = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
+      _write_panda(building, ratio)
+      building.rename(target)
+  return target
+
+
+def _write_panda(out: pathlib.Path, ratio: float) -> None:
+  import mani_skill
+
+  source = pathlib.Path(mani_skill.__file__).parent / "assets/robots/panda"
+  shutil.copytree(source / "franka_description", out / "franka_description")
+  for name in ("panda_v2.urdf", "panda_v2.srdf"):
+    shutil.copy(source / name, out)
+  for path in sorted((out / "franka_description/meshes/visual").glob("*.glb")):
+    _decimate(path, ratio)
+
+
+def _decimate(path: pathlib.Path, ratio: float) -> None:
+  """Rewrites one mesh file in place; materials stay, textures are not used by these meshes."""
+  import trimesh
+  from trimesh.visual import TextureVisuals
+
+  scene, lighter = trimesh.load(path), trimesh.Scene()
+  for node in scene.graph.nodes_geometry:
+    transform, name = scene.graph[node]
+    part = scene.geometry[name]
+    mesh = trimesh.Trimesh(part.vertices.copy(), part.faces.copy(), process=False)
+    mesh.apply_transform(transform)
+    mesh.merge_vertices(merge_norm=True, merge_tex=True)
+    if len(mesh.faces) > _MIN_FACES:
+      faces = max(_MIN_FACES, int(len(mesh.faces) * ratio))
+      mesh = mesh.simplify_quadric_decimation(face_count=faces, aggression=4)
+    mesh = trimesh.graph.smooth_shade(mesh, angle=np.deg2rad(_CREASE))
+    mesh.visual = TextureVisuals(material=part.visual.material)
+    mesh.vertex_normals  # noqa: B018 - computed and cached here, so that the export writes them
+    lighter.add_geometry(mesh, geom_name=name, node_name=node)
+  lighter.export(path)
+
+
+def enable(ratio: float) -> None:
+  """Makes the environments built from here on in this process draw the light Panda and floor."""
+  from mani_skill.agents.robots import Panda
+
+  Panda.urdf_path = str(panda_folder(ratio) / "panda_v2.urdf")
+  builder = importlib.import_module("mani_skill.utils.scene_builder.table.scene_builder")
+  builder.build_ground = _build_ground
+
+
+def _build_ground(scene, floor_width: int = 100, altitude: float = 0.0, name: str = "ground"):
+  """ManiSkill's floor as one quad: same collision plane, texture and texture coordinates."""
+  import sapien
+  import sapien.render
+
+  ground = importlib.import_module("mani_skill.utils.building.ground")
+  texture = os.path.join(os.path.dirname(ground.__file__), "assets/grid_texture.png")
+  builder = scene.create_actor_builder()
+  builder.add_plane_collision(sapien.Pose(p=[0, 0, altitude], q=[0.7071068, 0, -0.7071068, 0]))
+  builder.initial_pose = sapien.Pose()
+  actor = builder.build_static(name=name)
+  if not scene.can_render():
+    return actor
+  half, tile = floor_width / 2, 4.0  # metres; one texture tile is 4 m wide
+  corners = np.array([[-half, -half], [half, -half], [-half, half], [half, half]])
+  vertices = np.concatenate([corners, np.full((4, 1), altitude)], axis=1)
+  material = sapien.render.RenderMaterial()
+  material.base_color_texture = sapien.render.RenderTexture2D(filename=texture, mipmap_levels=4)
+  shape = sapien.render.RenderShapeTriangleMesh(
+    vertices=vertices,
+    triangles=np.array([[0, 1, 2], [1, 3, 2]]),
+    normals=np.tile([0.0, 0.0, 1.0], (4, 1)),
+    uvs=(corners * (floor_width / tile) + half) / floor_width,
+    material=material,
+  )
+  for entity in actor._objs:
+    body = sapien.render.RenderBodyComponent()
+    body.attach(shape)
+    entity.add_component(body)
+  return actor

@@ -1,0 +1,285 @@
+"""One ManiSkill environment on the CPU, inside a worker process. The only module that imports torch.
+
+It keeps ManiSkill's physics and drops what a learner never looks at: observation dictionaries, rewards, spaces and
+camera matrices. One control step is the controller's action, the physics substeps, one picture and one signal vector.
+
+Every reset starts from a new physics scene. PhysX keeps contact caches, the order of contact pairs and sleep timers from
+one episode to the next, so that ManiSkill's own reset repeats an episode only approximately. Here the same (task, seed,
+actions) gives the same bits whatever ran before in the process, which is also what makes a snapshot exact: it holds
+the seed and the actions, and `restore` plays them again.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+
+from stare_jax.episode import SIGNALS
+from stare_jax.sims import SimulatorError
+
+_SNAPSHOT_VERSION = 1
+_GRASP_FORCE = 0.5  # newtons per finger, and
+_GRASP_ANGLE = 85.0  # degrees from the finger's opening direction: ManiSkill's definition of a grasp
+_NO_DEVICE = (
+  "No usable Vulkan device: SAPIEN found none with VK_KHR_external_memory_fd and VK_KHR_external_semaphore_fd.\n"
+  "Run launch/setup.sh, or install Mesa's software renderer, version 24.3 or newer, by hand. On Debian 12:\n"
+  "  apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1\n"
+  "(Debian 12 itself has 22.3, which is too old.) `vulkaninfo --summary` should then list llvmpipe."
+)
+
+
+class ManiSkill:
+  """A `pool.Environment` over one `physx_cpu` ManiSkill environment with a fixed camera."""
+
+  def __init__(
+    self,
+    *,
+    env_id: str,
+    actors: tuple[str, str | None],
+    camera: tuple[Any, Any, float] | None,
+    env_options: dict[str, Any],
+    image_size: int,
+    mesh_ratio: float | None = 0.1,
+    shader: str = "minimal",
+    render_backend: str = "cpu",
+  ):
+    """Builds the environment and draws once, so that a process that is ready is warm.
+
+    Args:
+      env_id: ManiSkill's name of the environment.
+      actors: attributes of the environment that hold the object and the goal (None: no goal).
+      camera: (eye, target, vertical field of view in radians); None keeps the environment's own.
+      env_options: further arguments of the environment, and `show_goal`: draw the goal that it hides from cameras.
+      image_size: H = W, pixels.
+      mesh_ratio: share of the robot's visual triangles that is kept; None draws ManiSkill's own meshes.
+      shader: SAPIEN's shader pack. The packs differ in the background's colour: never mix two in one data set.
+      render_backend: "cpu" or "gpu".
+    """
+    warnings.filterwarnings("ignore")  # about a missing GPU and time limits that we do not use
+    logging.getLogger("mani_skill").setLevel(logging.ERROR)
+    self._env_id = env_id
+    options = _options(camera, image_size, shader, render_backend) | env_options
+    self._show_goal = options.pop("show_goal", True)
+    self._env = _build(env_id, options, mesh_ratio)
+    self._object_name, self._goal_name = actors
+    self._seed, self._actions = 0, []
+    self._bind()
+    self.reset(0)
+    self._picture()
+
+  def reset(self, seed: int) -> None:
+    """The initial state that `seed` names, in a physics scene without a past."""
+    self._seed, self._actions = seed, []
+    if self._env.reconfiguration_freq == 0:
+      self._move_to_new_scene()
+      self._env.reset(seed=seed)
+      self._wake()
+    else:  # the environment builds its own geometry anew anyway
+      self._env.reset(seed=seed, options=dict(reconfigure=True))
+      self._bind()
+
+  def step(self, action: np.ndarray) -> None:
+    """One control step: float32[D] in [-1, 1]."""
+    self._actions.append(action)
+    self._env._elapsed_steps += 1
+    self._env._step_action(action)
+
+  def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
+    """Draws into uint8[H, W, 3] and writes float32[S]."""
+    image[...] = self._picture()
+    signals[...] = self._signals()
+
+  def snapshot(self) -> bytes:
+    """The episode so far: seed, actions, and the state that they led to."""
+    content = dict(
+      version=_SNAPSHOT_VERSION, env_id=self._env_id, seed=self._seed, actions=self._actions, state=self._state()
+    )
+    return pickle.dumps(content)
+
+  def restore(self, data: bytes) -> str | None:
+    """Plays the episode of a snapshot again, without drawing.
+
+    On the machine that wrote it this is exact: the same bits now and in all that follows. Where another processor or
+    version leads elsewhere, positions and velocities are set as recorded (contact caches and joint targets are those
+    of the replay), and the returned note says by how much the replay was off.
+    """
+    content = pickle.loads(data)
+    if content["version"] != _SNAPSHOT_VERSION or content["env_id"] != self._env_id:
+      found = f"version {content['version']} of {content['env_id']}"
+      raise SimulatorError(f"snapshot is {found}, expected version {_SNAPSHOT_VERSION} of {self._env_id}")
+    self.reset(content["seed"])
+    for action in content["actions"]:
+      self.step(action)
+    error = float(np.max(np.abs(self._state() - content["state"])))
+    if error == 0.0:
+      return None
+    self._env.set_state(_torch().from_numpy(content["state"])[None])
+    return f"the replay of a snapshot (seed {self._seed}, {len(self._actions)} steps) was off by {error:.3g}"
+
+  # --------------------------------------------------------------------------------------------------- the scene
+
+  def _bind(self) -> None:
+    """Looks up the SAPIEN objects behind the signals; once after every reconfiguration."""
+    env = self._env
+    agent = env.agent
+    if self._show_goal:
+      for hidden in env._hidden_objects:
+        hidden.show_visual()
+      env._hidden_objects.clear()
+    self._object = self._actor(self._object_name)
+    self._goal = self._actor(self._goal_name) if self._goal_name else None
+    self._robot = agent.robot._objs[0]
+    self._tcp = agent.tcp._objs[0].entity
+    self._fingers = (agent.finger1_link._objs[0].entity, agent.finger2_link._objs[0].entity)
+    self._body = self._object._bodies[0]
+    (sensor,) = env._sensors.values()
+    self._camera = sensor.camera._render_cameras[0]
+    agent.is_grasping = self._is_grasping  # `evaluate` asks it too: ours reads the contacts once, without torch
+
+  def _actor(self, name: str) -> Any:
+    try:
+      return operator.attrgetter(name)(self._env)
+    except AttributeError:
+      known = sorted(key for key, value in vars(self._env).items() if hasattr(value, "_bodies"))
+      raise SimulatorError(f"{self._env_id} has no actor {name!r}; it has {', '.join(known)}") from None
+
+  def _move_to_new_scene(self) -> None:
+    """Moves every entity, in order, into a scene with a new physics system; models and renderer stay.
+
+    The cheap half of ManiSkill's `reconfigure`, which also loads and builds everything again.
+    """
+    import sapien
+
+    scene = self._env.scene
+    old = scene.sub_scenes[0]
+    entities = old.get_entities()
+    self._env._set_scene_config()  # process-wide defaults that the constructor below reads
+    physics = sapien.physx.PhysxCpuSystem()
+    physics.timestep = old.physx_system.timestep
+    new = sapien.Scene([physics, old.render_system])
+    for entity in entities:
+      entity.remove_from_scene()
+    for entity in entities:
+      entity.add_to_scene(new)
+    for body in physics.get_rigid_dynamic_components():
+      body.put_to_sleep()  # forgets velocities, forces and the sleep timer
+    scene.sub_scenes[0], scene.px = new, physics
+
+  def _wake(self) -> None:
+    for body in self._env.scene.px.get_rigid_dynamic_components():
+      body.wake_up()  # sets the sleep timer as on a new body
+
+  # ------------------------------------------------------------------------------------------------ what it shows
+
+  def _picture(self) -> np.ndarray:
+    self._env.scene.update_render(update_sensors=True, update_human_render_cameras=False)
+    self._camera.take_picture()
+    picture = self._camera.get_picture("Color")[..., :3]
+    return picture if picture.dtype == np.uint8 else (picture * 255).astype(np.uint8)
+
+  def _signals(self) -> np.ndarray:
+    """float32[S] in the order of `episode.SIGNALS`."""
+    body, robot = self._body, self._robot
+    self._contacts = self._env.scene.px.get_contacts()
+    values = dict(
+      tcp_pose=_pose(self._tcp),
+      object_pose=_pose(body.entity),
+      goal_pose=np.zeros(7) if self._goal is None else _pose(self._goal._bodies[0].entity),
+      object_velocity=np.concatenate([body.linear_velocity, body.angular_velocity]),
+      qpos=robot.get_qpos(),
+      qvel=robot.get_qvel(),
+      finger_force=[np.linalg.norm(self._force(finger, body.entity)) for finger in self._fingers],
+      grasped=self._is_grasping(self._object).numpy(),
+      success=self._env.evaluate()["success"].numpy(),
+    )
+    self._contacts = None
+    return np.concatenate([np.asarray(values[name], np.float32).reshape(-1) for name in SIGNALS])
+
+  def _force(self, first: Any, second: Any) -> np.ndarray:
+    """float64[3], newtons, world frame: the contact force of `second` on `first`."""
+    contacts = self._env.scene.px.get_contacts() if self._contacts is None else self._contacts
+    total = np.zeros(3)
+    for contact in contacts:
+      a, b = contact.bodies[0].entity, contact.bodies[1].entity
+      if a == first and b == second:
+        total += sum(point.impulse for point in contact.points)
+      elif a == second and b == first:
+        total -= sum(point.impulse for point in contact.points)
+    return total / self._env.scene.px.timestep
+
+  _contacts: list[Any] | None = None
+
+  def _is_grasping(self, actor: Any, min_force: float = _GRASP_FORCE, max_angle: float = _GRASP_ANGLE) -> Any:
+    """ManiSkill's `Panda.is_grasping`: both fingers press, each along its opening direction. bool[1]."""
+    entity = actor._bodies[0].entity
+    grasping = True
+    for finger, sign in zip(self._fingers, (1.0, -1.0), strict=True):
+      force = self._force(finger, entity)
+      size = float(np.linalg.norm(force))
+      opening = sign * finger.pose.to_transformation_matrix()[:3, 1]
+      cosine = float(force @ opening) / size if size > 0 else 0.0
+      angle = np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))
+      grasping = grasping and size >= min_force and angle <= max_angle
+    return _torch().tensor([grasping])
+
+  def _state(self) -> np.ndarray:
+    """float32[...]: poses and velocities of every actor and joint, ManiSkill's flat state."""
+    return self._env.get_state()[0].numpy().copy()
+
+
+def _torch() -> Any:
+  import torch
+
+  return torch
+
+
+def _pose(entity: Any) -> np.ndarray:
+  pose = entity.pose
+  return np.concatenate([pose.p, pose.q])
+
+
+def _options(camera: tuple[Any, Any, float] | None, image_size: int, shader: str, render_backend: str) -> dict:
+  """Arguments of gym.make; a task's own come on top."""
+  sensor: dict[str, Any] = dict(width=image_size, height=image_size, shader_pack=shader)
+  if camera is not None:
+    import sapien
+    from mani_skill.utils import sapien_utils
+
+    eye, target, fov = camera
+    pose = sapien_utils.look_at(eye, target).raw_pose[0].numpy()
+    sensor |= dict(pose=sapien.Pose(pose[:3], pose[3:]), fov=fov)
+  return dict(
+    num_envs=1,
+    sim_backend="physx_cpu",
+    render_backend=render_backend,
+    render_mode=None,
+    obs_mode="none",
+    reward_mode="none",
+    robot_uids="panda",
+    control_mode="pd_ee_delta_pose",
+    sensor_configs=sensor,
+  )
+
+
+def _build(env_id: str, options: dict[str, Any], mesh_ratio: float | None) -> Any:
+  """The bare environment: no time limit, no wrappers."""
+  _torch().set_num_threads(1)
+  import gymnasium
+  import mani_skill.envs  # noqa: F401 - registers the environments
+
+  if mesh_ratio is not None:
+    from stare_jax.sims import lite
+
+    lite.enable(mesh_ratio)
+  try:
+    return gymnasium.make(env_id, **options).unwrapped
+  except RuntimeError as error:
+    text = str(error).lower()
+    if any(word in text for word in ("rendering device", "vulkan", "vk::", "physical device")):
+      raise SimulatorError(f"{_NO_DEVICE}\n(SAPIEN said: {error})") from error
+    raise

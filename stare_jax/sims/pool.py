@@ -1,0 +1,413 @@
+"""N environments in worker processes: requests over a pipe, images and signals through shared memory, workers replaced.
+
+A worker is a fresh interpreter (never a fork: the renderer's threads do not survive one) that imports the environment
+class and nothing of the learner. Each environment owns one slot of the shared memory: the parent writes its action, the
+worker writes its image and signals, and a message on the pipe says when. A worker that dies, hangs or raises is
+replaced: its environments come back as lost, the event is recorded and logged, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import weakref
+from collections.abc import Sequence
+from multiprocessing import connection
+from typing import Any, Protocol
+
+import numpy as np
+
+from stare_jax.episode import SIGNAL_SIZE
+from stare_jax.sims import Frame, SimulatorError, load
+
+_LOG = logging.getLogger(__name__)
+_LOG_TAIL = 1500  # characters of a dead worker's output that an event carries
+
+
+class Environment(Protocol):
+  """What a simulator's class offers inside the worker; built as `Class(**spec)`."""
+
+  def reset(self, seed: int) -> None:
+    """Starts the episode that `seed` names, whatever happened before in this process."""
+
+  def step(self, action: np.ndarray) -> None:
+    """One control step with float32[D]."""
+
+  def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
+    """Writes the state's view into uint8[H, W, 3] and its signals into float32[S]."""
+
+  def snapshot(self) -> bytes:
+    """Everything needed to continue from here."""
+
+  def restore(self, data: bytes) -> str | None:
+    """Continues from a snapshot; returns a note for the events where that was not exact."""
+
+
+class _Slots:
+  """The shared memory, as arrays over one anonymous file: no name that could leak or collide."""
+
+  def __init__(self, fd: int, num_envs: int, image_size: int, action_size: int):
+    shapes = {
+      "signals": ((num_envs, SIGNAL_SIZE), np.float32),
+      "actions": ((num_envs, action_size), np.float32),
+      "images": ((num_envs, image_size, image_size, 3), np.uint8),
+    }
+    sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in shapes.items()}
+    total = sum(sizes.values())
+    if os.fstat(fd).st_size < total:
+      os.ftruncate(fd, total)
+    memory = mmap.mmap(fd, total)
+    at = 0
+    for name, (shape, dtype) in shapes.items():
+      array = np.frombuffer(memory, dtype, count=int(np.prod(shape)), offset=at).reshape(shape)
+      setattr(self, name, array)
+      at += sizes[name]
+
+  signals: np.ndarray
+  actions: np.ndarray
+  images: np.ndarray
+
+
+def _anonymous_file() -> int:
+  if hasattr(os, "memfd_create"):
+    return os.memfd_create("stare_jax")
+  with tempfile.TemporaryFile() as file:
+    return os.dup(file.fileno())
+
+
+# ------------------------------------------------------------------------------------------------- the worker's side
+
+
+def worker_main(pipe_fd: int, memory_fd: int) -> None:
+  """The worker process: build the environments, then answer requests until the pipe closes."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; we end with the pipe
+  pipe = connection.Connection(pipe_fd)
+  try:
+    start = pipe.recv()
+    slots = _Slots(memory_fd, start["num_envs"], start["image_size"], start["action_size"])
+    environments = {env: load(start["environment"])(**start["spec"]) for env in start["envs"]}
+    pipe.send(("ready", None, None))
+    while True:
+      kind, requests = pipe.recv()
+      for env, argument in requests:
+        result = _serve(environments[env], slots, env, kind, argument)
+        pipe.send(("done", env, result))
+  except (EOFError, ConnectionError):
+    pass
+  except SimulatorError as error:
+    pipe.send(("failed", None, str(error)))
+  except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it before we go
+    pipe.send(("failed", None, traceback.format_exc()))
+  os._exit(0)  # the renderer's destructors may crash; nothing of ours is left to flush
+
+
+def _serve(environment: Environment, slots: _Slots, env: int, kind: str, argument: Any) -> Any:
+  if kind == "snapshot":
+    return environment.snapshot()
+  if kind == "reset":
+    environment.reset(argument)
+  elif kind == "step":
+    environment.step(slots.actions[env].copy())
+  elif kind == "restore":
+    note = environment.restore(argument)
+    environment.observe(slots.images[env], slots.signals[env])
+    return note
+  environment.observe(slots.images[env], slots.signals[env])
+  return None
+
+
+# ------------------------------------------------------------------------------------------------- the parent's side
+
+
+class _Worker:
+  """One process, its pipe and its captured output."""
+
+  def __init__(self, index: int, envs: list[int], start: dict[str, Any], memory_fd: int, num_workers: int):
+    self.index, self.envs = index, envs
+    self.ready = False
+    self.log = tempfile.TemporaryFile()
+    ours, theirs = socket.socketpair()
+    self.process = subprocess.Popen(
+      [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(memory_fd)],
+      pass_fds=(theirs.fileno(), memory_fd),
+      env=_environment_variables(num_workers),
+      stdin=subprocess.DEVNULL,
+      stdout=self.log,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,  # signals meant for the learner's group end the learner, which then ends us
+    )
+    theirs.close()
+    self.pipe = connection.Connection(ours.detach())
+    self.pipe.send({**start, "envs": envs})
+
+  def output(self) -> str:
+    self.log.seek(0, os.SEEK_END)
+    self.log.seek(max(0, self.log.tell() - _LOG_TAIL))
+    return self.log.read().decode(errors="replace").strip()
+
+  def stop(self) -> None:
+    """Ends the process at once; safe to call twice, also on a stopped or dead one."""
+    self.pipe.close()
+    if self.process.poll() is None:
+      self.process.kill()
+    self.process.wait()
+    self.log.close()
+
+
+_BOOT = "import sys; from stare_jax.sims.pool import worker_main; worker_main(int(sys.argv[1]), int(sys.argv[2]))"
+
+
+def _environment_variables(num_workers: int) -> dict[str, str]:
+  """The worker's environment: our import path, one thread per maths library, a renderer that keeps to its core."""
+  env = dict(os.environ)
+  root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+  env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *(path for path in sys.path if path)]))
+  env["PYTHONHASHSEED"] = "0"  # the order of sets must not differ between workers
+  env["PYTHONFAULTHANDLER"] = "1"  # a crash in native code leaves its stack in the captured output
+  for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    env.setdefault(name, "1")
+  if num_workers > 1:
+    env.setdefault("LP_NUM_THREADS", "0")  # lavapipe: rasterise in the calling thread; two workers fill two cores
+  return env
+
+
+class Pool:
+  """The Simulator contract over worker processes. See `sims.make`."""
+
+  def __init__(
+    self,
+    environment: str,
+    spec: dict[str, Any],
+    *,
+    num_envs: int,
+    num_workers: int,
+    image_size: int,
+    timeout: float = 60.0,
+    start_timeout: float = 300.0,
+    max_failures: int = 3,
+    action_size: int = 7,
+    wait: bool = True,
+  ):
+    """Starts the workers.
+
+    Args:
+      environment: "module:class" of an `Environment`.
+      spec: its keyword arguments; must pickle.
+      num_envs: N. num_workers: processes, at most N. image_size: H = W, pixels.
+      timeout: seconds without an answer after which a worker counts as hung.
+      start_timeout: the same for a worker that is still importing and building.
+      max_failures: a worker that fails this often without one answer in between ends the run.
+      action_size: D.
+      wait: return when every worker is ready; otherwise the first `receive` waits.
+    """
+    if not 1 <= num_workers <= num_envs:
+      raise ValueError(f"num_workers={num_workers} and num_envs={num_envs}: expected 1 <= num_workers <= num_envs")
+    if image_size < 1 or timeout <= 0:
+      raise ValueError(f"image_size={image_size}, timeout={timeout}: both must be positive")
+    importlib.util.find_spec(environment.partition(":")[0])  # a misspelt module fails here, not in every worker
+    self.num_envs, self.num_workers, self.image_size, self.action_size = num_envs, num_workers, image_size, action_size
+    self.timeout, self.start_timeout, self.max_failures = timeout, start_timeout, max_failures
+    self.restarts, self.events = 0, []
+    self._start = dict(
+      environment=environment, spec=spec, num_envs=num_envs, image_size=image_size, action_size=action_size
+    )
+    self._memory_fd = _anonymous_file()
+    self._slots = _Slots(self._memory_fd, num_envs, image_size, action_size)
+    self._pending: dict[int, str] = {}  # env -> the request that waits for its answer
+    self._results: dict[int, Any] = {}  # env -> the answer, until `receive` takes it
+    self._lost = np.zeros(num_envs, bool)
+    self._failures = [0] * num_workers
+    self._closed = False
+    self._workers = [self._launch(index) for index in range(num_workers)]
+    self._finalizer = weakref.finalize(self, _stop_all, self._workers, self._memory_fd)
+    if wait:
+      self._wait_until_ready()
+
+  # ----------------------------------------------------------------------------------------------------- requests
+
+  def send_reset(self, envs: Sequence[int], seeds: Sequence[int]) -> None:
+    """Asks each environment for the episode of its seed; ends what it was doing, heals a lost one."""
+    if len(envs) != len(seeds):
+      raise ValueError(f"reset: {len(envs)} environments but {len(seeds)} seeds")
+    self._lost[list(envs)] = False
+    self._send("reset", {int(env): int(seed) for env, seed in zip(envs, seeds, strict=True)})
+
+  def send_step(self, envs: Sequence[int], actions: np.ndarray) -> None:
+    """Asks each environment for one control step; actions float32[n, D] in [-1, 1]."""
+    actions = np.asarray(actions, np.float32)
+    if actions.shape != (len(envs), self.action_size):
+      raise ValueError(f"step: actions have shape {actions.shape}, expected ({len(envs)}, {self.action_size})")
+    if not np.isfinite(actions).all():
+      raise ValueError(f"step: actions of environments {np.asarray(envs)[~np.isfinite(actions).all(1)]} are not finite")
+    requests = {}
+    for env, action in zip(envs, actions, strict=True):
+      self._check_free(env)
+      self._slots.actions[env] = action
+      requests[int(env)] = None
+    self._send("step", requests)
+
+  def receive(self, envs: Sequence[int]) -> Frame:
+    """Waits for the pending answer of each of `envs`; images and signals are copies."""
+    results = self._collect(envs)
+    index = np.asarray(list(envs), np.int64)
+    frame = Frame(self._slots.images[index], self._slots.signals[index], np.array([r is _LOST for r in results], bool))
+    frame.images[frame.lost] = 0
+    frame.signals[frame.lost] = 0
+    return frame
+
+  def reset(self, envs: Sequence[int], seeds: Sequence[int]) -> Frame:
+    """`send_reset`, then `receive`."""
+    self.send_reset(envs, seeds)
+    return self.receive(envs)
+
+  def step(self, envs: Sequence[int], actions: np.ndarray) -> Frame:
+    """`send_step`, then `receive`."""
+    self.send_step(envs, actions)
+    return self.receive(envs)
+
+  def snapshot(self, envs: Sequence[int]) -> list[bytes]:
+    """What `restore` needs to continue each environment from here; b"" for a lost one."""
+    self._send("snapshot", {int(env): None for env in envs})
+    return [b"" if result is _LOST else result for result in self._collect(envs)]
+
+  def restore(self, envs: Sequence[int], snapshots: Sequence[bytes]) -> Frame:
+    """Continues each environment from its snapshot (of any environment of the same task); b"" comes back lost."""
+    if len(envs) != len(snapshots):
+      raise ValueError(f"restore: {len(envs)} environments but {len(snapshots)} snapshots")
+    pairs = {int(env): data for env, data in zip(envs, snapshots, strict=True)}
+    self._lost[list(pairs)] = [not data for data in pairs.values()]
+    self._send("restore", pairs)
+    return self.receive(envs)
+
+  def close(self) -> None:
+    """Ends every worker; the pool cannot be used afterwards."""
+    self._closed = True
+    self._finalizer()
+
+  def __enter__(self) -> Pool:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self.close()
+
+  # ---------------------------------------------------------------------------------------------------- mechanics
+
+  def _launch(self, index: int) -> _Worker:
+    envs = list(range(index, self.num_envs, self.num_workers))
+    return _Worker(index, envs, self._start, self._memory_fd, self.num_workers)
+
+  def _check_free(self, env: int) -> None:
+    if self._closed:
+      raise SimulatorError("the simulator is closed")
+    if not 0 <= env < self.num_envs:
+      raise ValueError(f"environment {env} does not exist; there are {self.num_envs}")
+    if env in self._pending or env in self._results:
+      raise ValueError(f"environment {env} has an answer waiting; call receive([{env}]) before the next request")
+
+  def _send(self, kind: str, requests: dict[int, Any]) -> None:
+    """One message per worker; a lost environment is answered here, a broken pipe replaces the worker."""
+    by_worker: dict[int, list[tuple[int, Any]]] = {}
+    for env, argument in requests.items():
+      self._check_free(env)
+      if self._lost[env]:
+        self._results[env] = _LOST
+      else:
+        self._pending[env] = kind
+        by_worker.setdefault(env % self.num_workers, []).append((env, argument))
+    for index, items in by_worker.items():
+      try:
+        self._workers[index].pipe.send((kind, items))
+      except OSError:
+        self._read(index)  # what it said before it died, if anything
+
+  def _collect(self, envs: Sequence[int]) -> list[Any]:
+    if idle := [env for env in envs if env not in self._pending and env not in self._results]:
+      raise ValueError(f"receive: environments {idle} have no pending request")
+    last = dict.fromkeys(range(self.num_workers), time.monotonic())  # when each worker last spoke
+    while waiting := {env % self.num_workers for env in envs if env in self._pending}:
+      for index in self._poll(waiting, last):
+        self._read(index)
+        last[index] = time.monotonic()
+    return [self._results.pop(env) for env in envs]
+
+  def _poll(self, waiting: set[int], last: dict[int, float]) -> list[int]:
+    """Indices of the workers that have something to say; replaces those whose time is up."""
+    limit = {i: self.timeout if self._workers[i].ready else self.start_timeout for i in waiting}
+    pipes = {self._workers[i].pipe: i for i in waiting}
+    left = min(last[i] + limit[i] for i in waiting) - time.monotonic()
+    spoken = [pipes[pipe] for pipe in connection.wait(list(pipes), timeout=max(0.0, left))]
+    if not spoken:
+      for i in waiting:
+        if time.monotonic() >= last[i] + limit[i]:
+          self._replace(i, f"did not answer within {limit[i]:g} s")
+          last[i] = time.monotonic()
+    return spoken
+
+  def _read(self, index: int) -> None:
+    """Takes one message of a worker, or notices its death."""
+    worker = self._workers[index]
+    try:
+      kind, env, result = worker.pipe.recv()
+    except (EOFError, OSError):
+      code = worker.process.wait()
+      name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+      self._replace(index, name)
+      return
+    if kind == "ready":
+      worker.ready = True
+    elif kind == "failed":
+      self._replace(index, f"raised an exception:\n{result}")
+    else:
+      self._failures[index] = 0
+      self._pending.pop(env, None)
+      self._results[env] = result
+
+  def _replace(self, index: int, reason: str) -> None:
+    """Ends a worker and starts the next; its environments are lost. Raises where a new one would fail as well."""
+    worker = self._workers[index]
+    output = worker.output()
+    worker.stop()
+    self._failures[index] += 1
+    event = f"simulator worker {index} (process {worker.process.pid}, environments {worker.envs}) {reason}"
+    if output:
+      event += f"\nits last output:\n{output}"
+    if not worker.ready and self.restarts == 0 or self._failures[index] >= self.max_failures:
+      self.close()
+      raise SimulatorError(f"{event}\n{self._advice(worker, reason + output)}")
+    self.restarts += 1
+    self.events.append(event)
+    _LOG.warning("%s\nreplaced; the episodes of environments %s are discarded", event, worker.envs)
+    for env in worker.envs:
+      self._lost[env] = True
+      if self._pending.pop(env, None):
+        self._results[env] = _LOST
+    self._workers[index] = self._launch(index)
+
+  def _advice(self, worker: _Worker, said: str) -> str:
+    if not worker.ready:
+      return "The simulator could not be started; nothing was run."
+    return f"It failed {self.max_failures} times without one answer in between; giving up."
+
+  def _wait_until_ready(self) -> None:
+    last = dict.fromkeys(range(self.num_workers), time.monotonic())
+    while waiting := {worker.index for worker in self._workers if not worker.ready}:
+      for index in self._poll(waiting, last):
+        self._read(index)
+
+
+_LOST = object()  # the answer of an environment whose worker is gone
+
+
+def _stop_all(workers: list[_Worker], memory_fd: int) -> None:
+  for worker in workers:
+    worker.stop()
+  os.close(memory_fd)

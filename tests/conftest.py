@@ -1,0 +1,91 @@
+"""What every test shares: the devices JAX sees, when simulator, GPU and browser tests can run, and common fixtures.
+
+Tests run on eight fake CPU devices, so that sharding is tested wherever the tests are. To run the `gpu` tests:
+`JAX_PLATFORMS=cuda python -m pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+# Before anything imports jax: both are read once.
+USER_ENVIRONMENT = dict(os.environ)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def load_script(path: pathlib.Path):
+  """A script outside the package (launch/, benchmarks/) as a module."""
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec is not None and spec.loader is not None, path
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # dataclasses look their module up by name
+  spec.loader.exec_module(module)
+  return module
+
+
+def why_no_simulator() -> str:
+  """Empty when ManiSkill can render here; the first call of a machine's set-up may take seconds, later ones do not."""
+  missing = [name for name in ("mani_skill", "sapien", "torch") if importlib.util.find_spec(name) is None]
+  if missing:
+    return f"not installed: {', '.join(missing)}; run `make setup`"
+  rendering = load_script(ROOT / "launch" / "rendering.py")
+  try:
+    rendering.ensure(check_only=True)
+  except rendering.RenderingError as error:
+    return str(error).splitlines()[0] + " Run `make setup`."
+  return ""
+
+
+def why_no_accelerator() -> str:
+  """Empty when JAX runs on something other than the CPU."""
+  import jax
+  platform = jax.default_backend()
+  return "" if platform != "cpu" else "JAX sees only the CPU; set JAX_PLATFORMS on a machine with an accelerator"
+
+
+def why_no_browser() -> str:
+  """Empty when a Chromium is on the path."""
+  return "" if any(map(shutil.which, BROWSERS)) else f"none of {', '.join(BROWSERS)} is on the path"
+
+
+NEEDS = {"sim": why_no_simulator, "gpu": why_no_accelerator, "browser": why_no_browser}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+  """Asks for each need once, after deselection, and skips with the reason what cannot run here."""
+  for marker, why_not in NEEDS.items():
+    needing = [item for item in session.items if item.get_closest_marker(marker)]
+    reason = why_not() if needing else ""
+    for item in needing:
+      if reason:
+        item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+  """A generator whose stream depends on the test's name alone, so that tests can be added and reordered."""
+  return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def user_environment() -> dict[str, str]:
+  """The environment as the user has it, without the eight fake devices: for subprocesses that run the front door."""
+  return {**USER_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+  """The checkout."""
+  return ROOT

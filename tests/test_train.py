@@ -1,0 +1,419 @@
+"""The update: exact under every cut of the batch, refused whole when it is not finite, traced once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import inspecting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_model
+
+from stare_jax import sharding, train
+from stare_jax.losses import preference
+from stare_jax.losses.ops import Mean
+
+ADAM = functools.partial(train.make_optimizer, learning_rate=1e-2)
+
+
+def fresh(tx, seed=0):
+  return train.init_state(small_model.init, jax.random.key(seed), tx)
+
+
+def sgd_gradient(loss_fn, batch, micro_batches):
+  """The gradient as the update applies it."""
+  update = train.make_update(loss_fn, optax.sgd(1.0), micro_batches=micro_batches)
+  before = fresh(optax.sgd(1.0))
+  after, metrics = update(fresh(optax.sgd(1.0)), sharding.put(batch))
+  return jax.tree.map(jnp.subtract, before.params, after.params), train.fetch(metrics, after.params)
+
+
+def stage_kernel(log_ratio, batch):
+  p = batch.pairs
+  return preference.stage_tpo(log_ratio, p["stage_id"], p["cost"], p["sign"], beta=0.7, cost_weight=0.3)
+
+
+def one_shot(params, batch):
+  """The preference loss and its gradient as they are written in the method: the whole batch at once."""
+
+  def loss(params):
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.obs, batch.tokens))
+    log_prob = jnp.sum(small_model.log_prob(params, *flat), axis=-1).reshape(batch.valid.shape)
+    return stage_kernel(jnp.where(batch.valid, log_prob - batch.ref_log_prob, 0.0), batch)[0]
+
+  return jax.value_and_grad(loss)(params)
+
+
+# Micro-batches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 12, 48])
+def test_micro_batches_do_not_change_the_update(rng, micro_batches):
+  batch = small_model.batch(rng)
+  batch["valid"][:12] = False  # micro-batches of very different weight, some of none
+  whole, told = sgd_gradient(small_model.loss_fn, batch, 1)
+  cut, told_cut = sgd_gradient(small_model.loss_fn, batch, micro_batches)
+  chex.assert_trees_all_close(whole, cut, rtol=1e-4, atol=1e-6)
+  assert told.keys() == told_cut.keys()
+  for name in told:
+    assert told[name] == pytest.approx(told_cut[name], rel=1e-4), name
+
+
+def test_gradient_is_that_of_the_mean(rng):
+  batch = small_model.batch(rng)
+  ours, told = sgd_gradient(small_model.loss_fn, batch, 4)
+  mean = lambda params: small_model.loss_fn(params, batch)[0].value()
+  loss, expected = jax.value_and_grad(mean)(fresh(optax.sgd(1.0)).params)
+  chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-6)
+  assert told["loss"] == pytest.approx(float(loss), rel=1e-5)
+  assert told["grad_norm"] == pytest.approx(float(optax.tree.norm(expected)), rel=1e-4)
+  assert told["update_norm"] == pytest.approx(told["grad_norm"], rel=1e-6)
+
+
+def test_no_valid_row_gives_no_gradient(rng):
+  batch = small_model.batch(rng) | {"valid": np.zeros(48, bool)}
+  gradient, told = sgd_gradient(small_model.loss_fn, batch, 4)
+  assert told["loss"] == told["grad_norm"] == 0.0
+  assert not any(np.any(g) for g in jax.tree.leaves(gradient))
+
+
+def test_rows_that_do_not_divide_are_named(rng):
+  with pytest.raises(ValueError, match=r"obs/.* has 48 rows, which do not divide into 5 micro-batches.*multiple of 5"):
+    sgd_gradient(small_model.loss_fn, small_model.batch(rng), 5)
+  with pytest.raises(ValueError, match="micro_batches is 0"):
+    train.make_update(small_model.loss_fn, ADAM(), micro_batches=0)
+
+
+def test_kernels_may_return_their_value(rng):
+  """(float32[], {"loss": Mean}) as the kernels of losses/ do; anything without a Mean is refused by name."""
+  batch = small_model.batch(rng)
+
+  def as_kernel(params, batch):
+    loss, metrics = small_model.loss_fn(params, batch)
+    return loss.value(), metrics | {"loss": loss}
+
+  chex.assert_trees_all_close(
+    sgd_gradient(as_kernel, batch, 3)[0], sgd_gradient(small_model.loss_fn, batch, 3)[0], rtol=1e-6, atol=1e-7
+  )
+  with pytest.raises(TypeError, match="returned no Mean"):
+    sgd_gradient(lambda p, b: (jnp.float32(0), {}), batch, 1)
+  with pytest.raises(TypeError, match=r"metrics \['odd'\]: expected a Mean"):
+    sgd_gradient(lambda p, b: (small_model.loss_fn(p, b)[0], {"odd": jnp.float32(0)}), batch, 1)
+
+
+# Refusal ---------------------------------------------------------------------------------------------------
+
+
+def poisoned(value):
+  """A loss whose value term is `value` where the batch says so."""
+
+  def loss_fn(params, batch):
+    loss, metrics = small_model.loss_fn(params, batch)
+    bad = jnp.where(batch["poison"] > 0, value, 0.0)
+    term = Mean(total=metrics["value"].total + bad, weight=metrics["value"].weight)
+    return Mean(total=loss.total + bad, weight=loss.weight), metrics | {"value": term}
+
+  return loss_fn
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_non_finite_loss_changes_nothing(rng, value, micro_batches):
+  tx = ADAM(weight_decay=0.1)
+  update = train.make_update(poisoned(value), tx, micro_batches=micro_batches)
+  batch = small_model.batch(rng) | {"poison": np.zeros(48, np.float32)}
+  state, metrics = update(fresh(tx), sharding.put(batch))
+  train.fetch(metrics, state.params)
+  before = jax.device_get(state)
+  batch["poison"][7] = 1
+  state, metrics = update(state, sharding.put(batch))
+  chex.assert_trees_all_equal(before, jax.device_get(state))
+  with pytest.raises(train.NonFiniteError, match=r"loss terms not finite: value = (nan|inf), loss = (nan|inf)"):
+    train.fetch(metrics, state.params)
+  batch["poison"][7] = 0
+  state, metrics = update(state, sharding.put(batch))  # and it goes on from there
+  assert int(state.step) == 2 and np.isfinite(train.fetch(metrics, state.params)["loss"])
+  assert update.traces == 1
+
+
+def test_non_finite_gradient_names_the_parameter(rng):
+  def loss_fn(params, batch):
+    loss, metrics = small_model.loss_fn(params, batch)
+    # The square root of zero: a finite loss with an infinite slope, in one parameter.
+    corner = jnp.sqrt(jnp.sum(jnp.square(params["layers"]["mlp"]["up"]["bias"])))
+    return dataclasses.replace(loss, total=loss.total + corner), metrics
+
+  tx = ADAM()
+  state = fresh(tx)
+  before = jax.device_get(state)
+  state, metrics = train.make_update(loss_fn, tx)(state, sharding.put(small_model.batch(rng)))
+  chex.assert_trees_all_equal(before, jax.device_get(state))
+  with pytest.raises(train.NonFiniteError, match=r"gradient not finite in 1 of 6 parameters, first layers/mlp/up/bias"):
+    train.fetch(metrics, state.params)
+
+
+def test_overflowing_step_is_refused(rng):
+  tx = train.make_optimizer(learning_rate=1e38, clip_norm=None)
+  update = train.make_update(small_model.loss_fn, tx)
+  state = train.set_learning_rate_scale(fresh(tx), 1e3)
+  before = jax.device_get(state)
+  state, metrics = update(state, sharding.put(small_model.batch(rng)))
+  chex.assert_trees_all_equal(before.params, jax.device_get(state.params))
+  with pytest.raises(train.NonFiniteError, match="step not finite|learning_rate = inf"):
+    train.fetch(metrics, state.params)
+
+
+# The optimiser ---------------------------------------------------------------------------------------------
+
+
+def reference_adamw(params, grads, *, rates, clip, decay, value_scale, betas=(0.9, 0.999), eps=1e-8):
+  """numpy AdamW over a dict of arrays: one dict of gradients per step."""
+  moments = {k: (np.zeros_like(p), np.zeros_like(p)) for k, p in params.items()}
+  for t, (g, rate) in enumerate(zip(grads, rates, strict=True), 1):
+    norm = np.sqrt(sum(np.sum(x**2) for x in g.values()))
+    for k, p in params.items():
+      x = g[k] * min(1.0, clip / norm)
+      m, v = moments[k]
+      m, v = betas[0] * m + (1 - betas[0]) * x, betas[1] * v + (1 - betas[1]) * x**2
+      moments[k] = m, v
+      step = m / (1 - betas[0] ** t) / (np.sqrt(v / (1 - betas[1] ** t)) + eps)
+      step = step + decay * p * (p.ndim > 1)
+      params[k] = p - rate * (value_scale if k.startswith("value") else 1.0) * step
+  return params
+
+
+def test_optimiser_against_numpy(rng):
+  start = {
+    "fc/kernel": rng.normal(size=(4, 3)).astype(np.float32),
+    "fc/bias": rng.normal(size=3).astype(np.float32),
+    "value/kernel": rng.normal(size=(4, 1)).astype(np.float32),
+  }
+  grads = [{k: 3 * rng.normal(size=p.shape).astype(np.float32) for k, p in start.items()} for _ in range(6)]
+  total, warm, peak = 8, 2, 0.05
+  rates = [peak * min(1, (t + 1) / warm) * 0.5 * (1 + np.cos(np.pi * max(t - warm, 0) / (total - warm))) for t in range(6)]
+  tx = train.make_optimizer(
+    learning_rate=peak, warmup_steps=warm, total_steps=total, schedule="cosine", weight_decay=0.1, clip_norm=1.0,
+    value_lr_scale=3.0,
+  )
+  nest = lambda d: {"fc": {"kernel": d["fc/kernel"], "bias": d["fc/bias"]}, "value": {"kernel": d["value/kernel"]}}
+  params, opt = nest(start), tx.init(nest(start))
+  for g in grads:
+    updates, opt = jax.jit(tx.update)(nest(g), opt, params)
+    params = optax.apply_updates(params, updates)
+  expected = reference_adamw(dict(start), grads, rates=rates, clip=1.0, decay=0.1, value_scale=3.0)
+  chex.assert_trees_all_close(params, nest(expected), rtol=2e-4, atol=1e-6)
+
+
+def test_schedule_moves_at_once_and_ends():
+  tx = ADAM(warmup_steps=4, total_steps=10, schedule="cosine", end_scale=0.1)
+  update = train.make_update(small_model.loss_fn, tx)
+  state, batch = fresh(tx), sharding.put(small_model.batch(np.random.default_rng(0)))
+  rates = []
+  for _ in range(12):
+    state, metrics = update(state, batch)
+    rates.append(train.fetch(metrics, state.params)["learning_rate"])
+  np.testing.assert_allclose(rates[:5], [0.0025, 0.005, 0.0075, 0.01, 0.01], rtol=1e-5)
+  np.testing.assert_allclose(rates[10:], [0.001, 0.001], rtol=1e-4)
+  assert update.traces == 1
+
+
+@pytest.mark.parametrize("wrong, message", [
+  (dict(schedule="linear"), "not one of 'cosine', 'constant'"),
+  (dict(schedule="cosine"), "total_steps is None"),
+  (dict(schedule="cosine", total_steps=5, warmup_steps=5), "must exceed warmup_steps = 5"),
+])
+def test_schedules_that_cannot_be(wrong, message):
+  with pytest.raises(ValueError, match=message):
+    ADAM(**wrong)
+
+
+def test_value_scale_without_a_value_head_is_an_error():
+  tx = ADAM(value_lr_scale=2.0)
+  params = {"fc": {"value": {"kernel": jnp.ones((2, 2))}}}  # attention's own "value" is not the head
+  with pytest.raises(ValueError, match="no parameter matches"):
+    tx.update(params, tx.init(params), params)
+
+
+def test_host_scales_the_rate_without_a_retrace(rng):
+  tx, batch = ADAM(), sharding.put(small_model.batch(rng))
+  update = train.make_update(small_model.loss_fn, tx)
+  plain, _ = update(fresh(tx), batch)
+  half, metrics = update(train.set_learning_rate_scale(fresh(tx), 0.5), batch)
+  assert train.fetch(metrics, half.params)["learning_rate"] == pytest.approx(0.005)
+  assert train.learning_rate_scale(half) == 0.5  # it stays
+  start = fresh(tx).params
+  chex.assert_trees_all_close(
+    jax.tree.map(lambda a, b: 2 * (a - b), half.params, start), jax.tree.map(jnp.subtract, plain.params, start), atol=1e-6
+  )
+  critic, _ = update(train.set_learning_rate_scale(fresh(tx), policy_scale=0.0), batch)
+  chex.assert_trees_all_equal(critic.params["embed"], start["embed"])
+  chex.assert_trees_all_equal(critic.params["value"], plain.params["value"])
+  assert update.traces == 1
+  with pytest.raises(ValueError, match="not made by make_optimizer"):
+    train.set_learning_rate_scale(fresh(optax.sgd(1.0)), 0.5)
+
+
+def test_bfloat16_parameters_keep_float32_moments(rng):
+  tx = ADAM(weight_decay=0.1)
+  init = lambda key: jax.tree.map(lambda p: p.astype(jnp.bfloat16), small_model.init(key))
+  state = train.init_state(init, jax.random.key(0), tx)
+  update = train.make_update(small_model.loss_fn, tx, micro_batches=2)
+  before = jax.tree.map(lambda x: x.dtype, state)
+  for _ in range(2):
+    state, metrics = update(state, sharding.put(small_model.batch(rng)))
+  train.fetch(metrics, state.params)
+  assert jax.tree.map(lambda x: x.dtype, state) == before
+  assert update.traces == 1
+  assert {str(x.dtype) for x in jax.tree.leaves(state.opt)} <= {"float32", "int32"}
+
+
+# The compiled update ---------------------------------------------------------------------------------------
+
+
+def test_state_is_donated_and_nothing_calls_the_host(rng):
+  tx, batch = ADAM(), sharding.put(small_model.batch(rng))
+  update = train.make_update(small_model.loss_fn, tx, micro_batches=2)
+  state = fresh(tx)
+  text = update.lower(state, batch).compile().as_text()
+  aliased = text.split("input_output_alias=")[1].split("entry_computation_layout")[0].count("may-alias")
+  assert aliased == len(jax.tree.leaves(state)), "every leaf of the state is updated in place"
+  inspecting.assert_pure(lambda p, b: train._gradients(small_model.loss_fn, p, b, 2, None)[0], state.params, batch)
+  new, _ = update(state, batch)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.params)) and not new.step.is_deleted()
+
+
+def test_new_state_copies(rng):
+  """A phase starts from the parameters of the one before, which may live on as the reference."""
+  tx = ADAM()
+  reference = small_model.init(jax.random.key(1))
+  state = train.new_state(reference, tx)
+  update = train.make_update(small_model.loss_fn, tx)
+  update(state, sharding.put(small_model.batch(rng)))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(reference))
+  chex.assert_trees_all_equal(reference, small_model.init(jax.random.key(1)))
+
+
+def test_loop_makes_no_stray_transfer(rng):
+  tx = ADAM()
+  update, state = train.make_update(small_model.loss_fn, tx), fresh(tx)
+  batches = [small_model.batch(rng) for _ in range(3)]
+  with jax.transfer_guard("disallow"):
+    for batch in batches:
+      state, metrics = update(state, sharding.put(batch))
+      train.fetch(metrics, state.params)
+      state = train.set_learning_rate_scale(state, 0.9)
+  assert update.traces == 1 and int(state.step) == 3
+
+
+def test_validation_means_add_exactly(rng):
+  evaluate = train.make_loss(small_model.loss_fn)
+  params, batch = small_model.init(jax.random.key(0)), small_model.batch(rng)
+  part = lambda s: jax.tree.map(lambda x: x[s] if np.ndim(x) else x, batch)
+  uneven = [evaluate(params, part(slice(0, 10))), evaluate(params, part(slice(10, 48)))]
+  whole = train.mean_values([evaluate(params, batch)])
+  assert train.mean_values(uneven) == pytest.approx(whole, rel=1e-5)
+  assert whole.keys() == {"loss", "nll", "value"}
+
+
+# Preference: two passes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 16, 80, 1000])
+def test_two_passes_are_the_one_shot_gradient(rng, micro_batch):
+  batch, params = small_model.pairs(rng), small_model.init(jax.random.key(2))
+  loss, expected = one_shot(params, batch)
+  two_pass = jax.jit(
+    lambda p, b: train.preference_gradient(small_model.log_prob, stage_kernel, p, b, micro_batch=micro_batch)
+  )
+  grads, value, metrics = two_pass(params, batch)
+  chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
+  assert any(np.any(g) for g in jax.tree.leaves(expected))
+  assert float(value) == pytest.approx(float(loss), rel=1e-5)
+  assert set(metrics) >= {"loss", "margin", "accuracy"}
+
+
+def test_padded_steps_are_never_evaluated(rng):
+  """NaN observations, tokens out of range and NaN references in the padding: the same loss and gradient."""
+  batch, params = small_model.pairs(rng), small_model.init(jax.random.key(2))
+  batch.obs["image"] = batch.obs["image"].astype(np.float32)
+  run = lambda b: train.preference_gradient(small_model.log_prob, stage_kernel, params, b, micro_batch=7)
+  grads, value, _ = run(batch)
+  dirty = jax.tree.map(np.copy, batch)
+  dirty.obs["image"][~batch.valid] = np.nan
+  dirty.tokens[~batch.valid] = 10**6
+  dirty.ref_log_prob[~batch.valid] = np.nan
+  grads_dirty, value_dirty, _ = run(dirty)
+  chex.assert_trees_all_equal(grads, grads_dirty)
+  assert float(value) == float(value_dirty)
+
+
+def test_nothing_to_prefer_is_no_gradient(rng):
+  batch = small_model.pairs(rng)
+  batch.pairs["sign"][:] = 0
+  tx = optax.sgd(1.0)
+  update = train.make_preference_update(small_model.log_prob, stage_kernel, tx, micro_batch=8)
+  state, metrics = update(fresh(tx), sharding.put(batch))
+  told = train.fetch(metrics, state.params)
+  assert told["grad_norm"] == told["loss"] == 0.0
+  chex.assert_trees_all_equal(state.params, fresh(tx).params)
+
+
+def test_preference_update_learns_refuses_and_traces_once(rng):
+  batch = small_model.pairs(rng, pairs=6)
+  batch.pairs["sign"][batch.pairs["sign"] == 0] = 1
+  tx = ADAM()
+  update = train.make_preference_update(small_model.log_prob, stage_kernel, tx, micro_batch=16)
+  state, losses = fresh(tx), []
+  for _ in range(15):
+    state, metrics = update(state, sharding.put(batch))
+    losses.append(train.fetch(metrics, state.params)["loss"])
+  assert losses[-1] < 0.7 * losses[0]
+  batch.ref_log_prob[0, 0] = np.nan
+  before = jax.device_get(state)
+  state, metrics = update(state, sharding.put(batch))
+  chex.assert_trees_all_equal(before, jax.device_get(state))
+  with pytest.raises(train.NonFiniteError, match="loss terms not finite: .*loss = nan"):
+    train.fetch(metrics, state.params)
+  assert update.traces == 1
+
+
+def test_preference_memory_is_that_of_a_micro_batch():
+  """Temporary memory of the compiled update hardly grows while trajectories get 16 times longer."""
+
+  def wide(params, obs, tokens):  # 64 KiB of activations per step, which one pass over all steps would keep
+    x = jnp.tanh(small_model.hidden(params, obs)[:, None, :] * jnp.linspace(0.5, 2, 1024)[:, None])
+    return small_model.log_prob(params, obs, tokens) + 1e-3 * jnp.sum(jnp.sin(x * x), axis=(1, 2))[:, None]
+
+  tx = optax.sgd(1.0)
+  update = train.make_preference_update(wide, stage_kernel, tx, micro_batch=8)
+  temporary = []
+  for steps in (8, 128):
+    batch = sharding.put(small_model.pairs(np.random.default_rng(0), pairs=2, steps=steps))
+    temporary.append(update.lower(fresh(tx), batch).compile().memory_analysis().temp_size_in_bytes)
+  whole = jax.jit(lambda p, b: train.preference_gradient(wide, stage_kernel, p, b, micro_batch=512)[0])
+  at_once = whole.lower(fresh(tx).params, batch).compile().memory_analysis().temp_size_in_bytes
+  assert temporary[1] < 1.3 * temporary[0], temporary
+  assert at_once > 10 * temporary[1], (at_once, temporary)
+
+
+def test_reference_log_probs_are_those_of_the_first_pass(rng):
+  batch, params = small_model.pairs(rng), small_model.init(jax.random.key(0))
+  compute = train.make_log_prob(small_model.log_prob, micro_batch=16)
+  out = compute(params, batch.obs, batch.tokens, batch.valid)
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.obs, batch.tokens))
+  expected = jnp.sum(small_model.log_prob(params, *flat), axis=-1).reshape(batch.valid.shape)
+  np.testing.assert_allclose(out, np.where(batch.valid, expected, 0.0), rtol=1e-5, atol=1e-6)
+  _, _, metrics = train.preference_gradient(
+    small_model.log_prob, stage_kernel, params, batch._replace(ref_log_prob=np.asarray(out)), micro_batch=16
+  )
+  assert float(metrics["chosen"].value()) == 0.0  # the policy is its own reference: all ratios are one
+
+
+def test_micro_batch_must_be_positive():
+  with pytest.raises(ValueError, match="micro_batch is 0 steps"):
+    train.make_preference_update(small_model.log_prob, stage_kernel, ADAM(), micro_batch=0)
