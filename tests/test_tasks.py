@@ -281,6 +281,22 @@ def test_a_cube_pushed_to_its_goal_was_not_grasped():
   assert stages.label(task, pushed)[1].tolist() == [1, -1, -1, -1]
 
 
+def test_documented_stages_and_scales(root):
+  """docs/tasks.md lists every task, its instruction, and its stages in order with their scales."""
+  text = (root / "docs" / "tasks.md").read_text()
+  listed, name = {}, ""
+  for line in text.split("## Stages")[1].splitlines():
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    if len(cells) == 5 and cells[1][:1].isupper():
+      name = cells[0].strip("`") or name
+      listed.setdefault(name, []).append((cells[1], cells[4]))
+  scale = lambda stage: "π/2" if stage.scale == np.pi / 2 else f"{stage.scale:g} m"
+  assert listed == {n: [(stage.name, scale(stage)) for stage in tasks.get(n).stages] for n in NAMES}
+  for n in NAMES:
+    task = tasks.get(n)
+    assert f"| `{n}` | {task.env_id} | {task.instruction} |" in text
+
+
 # ---- experts
 
 

@@ -1,12 +1,12 @@
 """One ManiSkill environment on the CPU, inside a worker process. The only module that imports torch.
 
 It keeps ManiSkill's physics and drops what a learner never looks at: observation dictionaries, rewards, spaces and
-camera matrices. One control step is the controller's action, the physics substeps, one picture and one signal vector.
+camera matrices. A control step is the controller's action, the physics substeps, a picture and a signal vector.
 
-Every reset starts from a new physics scene. PhysX keeps contact caches, the order of contact pairs and sleep timers from
-one episode to the next, so that ManiSkill's own reset repeats an episode only approximately. Here the same (task, seed,
-actions) gives the same bits whatever ran before in the process, which is also what makes a snapshot exact: it holds
-the seed and the actions, and `restore` plays them again.
+Every reset starts from a new physics scene. PhysX keeps contact caches, the order of contact pairs and sleep timers
+from one episode to the next, so that ManiSkill's own reset repeats an episode only approximately. Here the same (task,
+seed, actions) gives the same bits whatever ran before in the process, which is also what makes a snapshot exact: it
+holds the seed and the actions, and `restore` plays them again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class ManiSkill:
     """One control step: float32[D] in [-1, 1]."""
     self._actions.append(action)
     self._env._elapsed_steps += 1
-    self._env._step_action(action)
+    self._set_action(action)
+    self._simulate()
 
   def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
     """Draws into uint8[H, W, 3] and writes float32[S]."""
@@ -139,6 +140,9 @@ class ManiSkill:
     self._body = self._object._bodies[0]
     (sensor,) = env._sensors.values()
     self._camera = sensor.camera._render_cameras[0]
+    controllers = getattr(agent.controller, "controllers", {})
+    self._arm = _Arm.of(controllers.get("arm")) if list(controllers) == ["arm", "gripper"] else None
+    self._gripper = controllers.get("gripper")
     agent.is_grasping = self._is_grasping  # `evaluate` asks it too: ours reads the contacts once, without torch
 
   def _actor(self, name: str) -> Any:
@@ -173,6 +177,26 @@ class ManiSkill:
   def _wake(self) -> None:
     for body in self._env.scene.px.get_rigid_dynamic_components():
       body.wake_up()  # sets the sleep timer as on a new body
+
+  # ---------------------------------------------------------------------------------------------------- one step
+
+  def _set_action(self, action: np.ndarray) -> None:
+    if self._arm is None:
+      self._env.agent.set_action(_torch().from_numpy(action)[None])
+    else:
+      self._arm.set_action(action[:6])
+      self._gripper.set_action(_torch().from_numpy(action[None, 6:]))
+
+  def _simulate(self) -> None:
+    """The physics substeps of one control step, with the environment's own hooks around them (as `_step_action`)."""
+    env = self._env
+    env._before_control_step()
+    for _ in range(env._sim_steps_per_control):
+      env.agent.before_simulation_step()
+      env._before_simulation_step()
+      env.scene.step()
+      env._after_simulation_step()
+    env._after_control_step()
 
   # ------------------------------------------------------------------------------------------------ what it shows
 
@@ -230,6 +254,119 @@ class ManiSkill:
   def _state(self) -> np.ndarray:
     """float32[...]: poses and velocities of every actor and joint, ManiSkill's flat state."""
     return self._env.get_state()[0].numpy().copy()
+
+
+class _Arm:
+  """ManiSkill's `PDEEPoseController` for pd_ee_delta_pose on one CPU environment, without its hundred tiny tensors.
+
+  The same operations in the same order and precision (float32), so that the joint targets are the same bits: where a
+  library's own rounding matters (sine, norm, matrix product) it is torch that computes. A test compares the two.
+  """
+
+  def __init__(self, controller: Any):
+    config, kinematics = controller.config, controller.kinematics
+    low, high = (limit[:3].numpy() for limit in (controller.action_space_low, controller.action_space_high))
+    self._offset, self._range = np.float32(0.5) * (high + low), np.float32(0.5) * (high - low)
+    self._turn = np.float32(config.rot_lower)
+    self._robot = controller.articulation._objs[0]
+    self._root, self._hand = controller.root_link._objs[0], controller.ee_link._objs[0]
+    self._joints = [joint._objs[0] for joint in controller.joints]
+    self._own = controller.active_joint_indices.numpy()
+    self._ordered = kinematics.pmodel_active_joint_indices.numpy()
+    self._controlled = kinematics.pmodel_controlled_joint_indices.numpy()
+    self._solve, self._link, self._mask = (
+      kinematics.pmodel.compute_inverse_kinematics,
+      kinematics.end_link_idx,
+      kinematics.qmask.numpy(),
+    )
+
+  @classmethod
+  def of(cls, controller: Any) -> _Arm | None:
+    """An `_Arm` for exactly the configuration that it copies; None for any other controller."""
+    from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseController
+
+    if type(controller) is not PDEEPoseController:
+      return None
+    config = controller.config
+    copied = (
+      config.use_delta
+      and not config.use_target
+      and not config.interpolate
+      and config.normalize_action
+      and config.frame == "root_translation:root_aligned_body_rotation"
+      and abs(config.rot_lower) < 1.0  # the quaternion's real part is its largest
+    )
+    return cls(controller) if copied else None
+
+  def set_action(self, action: np.ndarray) -> None:
+    """float32[6] in [-1, 1]: moves the joint targets to where the hand is displaced and turned so."""
+    import sapien
+
+    if np.isnan(action).any():
+      raise ValueError(f"action cannot be NaN: {action}")
+    position, turn = self._hand_at_base()
+    position = position + (self._offset + self._range * np.clip(action[:3], np.float32(-1), np.float32(1)))
+    turn = _multiply(self._delta(action[3:]), turn)
+    qpos = self._robot.get_qpos()
+    pose = sapien.Pose(position, _standard(turn))
+    result, success, _ = self._solve(
+      self._link, pose, initial_qpos=qpos[self._ordered], active_qmask=self._mask, max_iterations=100
+    )
+    targets = result[self._controlled].astype(np.float32) if success else qpos[self._own]
+    for joint, target in zip(self._joints, targets, strict=True):
+      joint.set_drive_target(target)
+
+  def _hand_at_base(self) -> tuple[np.ndarray, np.ndarray]:
+    """root^-1 * hand: position float32[3], quaternion float32[4] wxyz."""
+    root, hand = self._root.entity_pose, self._hand.entity_pose
+    inverse = _conjugate(root.q)
+    origin = _rotate(inverse, -root.p)
+    return origin + _rotate(inverse, hand.p), _standard(_multiply(inverse, hand.q))
+
+  def _delta(self, rotation: np.ndarray) -> np.ndarray:
+    """float32[4]: the quaternion of an action's rotation (Euler angles XYZ after clipping its norm to 1)."""
+    torch = _torch()
+    norm = torch.linalg.norm(torch.from_numpy(rotation)[None], axis=1).numpy()[0]
+    if norm > 1:
+      rotation = rotation * (np.float32(1) / norm)
+    angles = torch.from_numpy(rotation * self._turn)
+    (cx, cy, cz), (sx, sy, sz) = torch.cos(angles).numpy(), torch.sin(angles).numpy()
+    x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]], np.float32)
+    y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]], np.float32)
+    z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]], np.float32)
+    x, y, z = (torch.from_numpy(matrix)[None] for matrix in (x, y, z))
+    m = torch.matmul(torch.matmul(x, y), z)[0].numpy()
+    real = np.sqrt(np.float32(1) + m[0, 0] + m[1, 1] + m[2, 2])
+    quaternion = np.array([real * real, m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]], np.float32)
+    return quaternion / (np.float32(2) * real)
+
+
+def _conjugate(q: np.ndarray) -> np.ndarray:
+  return q * np.array([1, -1, -1, -1], np.float32)
+
+
+def _standard(q: np.ndarray) -> np.ndarray:
+  return -q if q[0] < 0 else q
+
+
+def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """float32[4] * float32[4], wxyz; products are added from left to right."""
+  aw, ax, ay, az = a
+  bw, bx, by, bz = b
+  return np.array(
+    [
+      aw * bw - ax * bx - ay * by - az * bz,
+      aw * bx + ax * bw + ay * bz - az * by,
+      aw * by - ax * bz + ay * bw + az * bx,
+      aw * bz + ax * by - ay * bx + az * bw,
+    ],
+    np.float32,
+  )
+
+
+def _rotate(q: np.ndarray, point: np.ndarray) -> np.ndarray:
+  """float32[3] turned by a quaternion."""
+  return _multiply(_multiply(q, np.append(np.float32(0), point)), _conjugate(q))[1:]
 
 
 def _torch() -> Any:

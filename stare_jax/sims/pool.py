@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import connection
 from typing import Any, Protocol
 
@@ -105,7 +105,7 @@ def worker_main(pipe_fd: int, memory_fd: int) -> None:
     pass
   except SimulatorError as error:
     pipe.send(("failed", None, str(error)))
-  except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it before we go
+  except BaseException:
     pipe.send(("failed", None, traceback.format_exc()))
   os._exit(0)  # the renderer's destructors may crash; nothing of ours is left to flush
 
@@ -238,7 +238,6 @@ class Pool:
     """Asks each environment for the episode of its seed; ends what it was doing, heals a lost one."""
     if len(envs) != len(seeds):
       raise ValueError(f"reset: {len(envs)} environments but {len(seeds)} seeds")
-    self._lost[list(envs)] = False
     self._send("reset", {int(env): int(seed) for env, seed in zip(envs, seeds, strict=True)})
 
   def send_step(self, envs: Sequence[int], actions: np.ndarray) -> None:
@@ -248,12 +247,9 @@ class Pool:
       raise ValueError(f"step: actions have shape {actions.shape}, expected ({len(envs)}, {self.action_size})")
     if not np.isfinite(actions).all():
       raise ValueError(f"step: actions of environments {np.asarray(envs)[~np.isfinite(actions).all(1)]} are not finite")
-    requests = {}
-    for env, action in zip(envs, actions, strict=True):
-      self._check_free(env)
-      self._slots.actions[env] = action
-      requests[int(env)] = None
-    self._send("step", requests)
+    self._check_free(envs)
+    self._slots.actions[np.asarray(envs)] = actions
+    self._send("step", {int(env): None for env in envs})
 
   def receive(self, envs: Sequence[int]) -> Frame:
     """Waits for the pending answer of each of `envs`; images and signals are copies."""
@@ -284,7 +280,6 @@ class Pool:
     if len(envs) != len(snapshots):
       raise ValueError(f"restore: {len(envs)} environments but {len(snapshots)} snapshots")
     pairs = {int(env): data for env, data in zip(envs, snapshots, strict=True)}
-    self._lost[list(pairs)] = [not data for data in pairs.values()]
     self._send("restore", pairs)
     return self.receive(envs)
 
@@ -305,19 +300,22 @@ class Pool:
     envs = list(range(index, self.num_envs, self.num_workers))
     return _Worker(index, envs, self._start, self._memory_fd, self.num_workers)
 
-  def _check_free(self, env: int) -> None:
+  def _check_free(self, envs: Iterable[int]) -> None:
     if self._closed:
       raise SimulatorError("the simulator is closed")
-    if not 0 <= env < self.num_envs:
-      raise ValueError(f"environment {env} does not exist; there are {self.num_envs}")
-    if env in self._pending or env in self._results:
-      raise ValueError(f"environment {env} has an answer waiting; call receive([{env}]) before the next request")
+    for env in envs:
+      if not 0 <= env < self.num_envs:
+        raise ValueError(f"environment {env} does not exist; there are {self.num_envs}")
+      if env in self._pending or env in self._results:
+        raise ValueError(f"environment {env} has an answer waiting; call receive([{env}]) before the next request")
 
   def _send(self, kind: str, requests: dict[int, Any]) -> None:
     """One message per worker; a lost environment is answered here, a broken pipe replaces the worker."""
+    self._check_free(requests)
     by_worker: dict[int, list[tuple[int, Any]]] = {}
     for env, argument in requests.items():
-      self._check_free(env)
+      if kind == "reset" or kind == "restore":
+        self._lost[env] = argument == b""
       if self._lost[env]:
         self._results[env] = _LOST
       else:
@@ -358,9 +356,7 @@ class Pool:
     try:
       kind, env, result = worker.pipe.recv()
     except (EOFError, OSError):
-      code = worker.process.wait()
-      name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-      self._replace(index, name)
+      self._replace(index, _ending(worker.process))
       return
     if kind == "ready":
       worker.ready = True
@@ -368,7 +364,8 @@ class Pool:
       self._replace(index, f"raised an exception:\n{result}")
     else:
       self._failures[index] = 0
-      self._pending.pop(env, None)
+      if self._pending.pop(env, None) == "restore" and result:
+        self.events.append(f"environment {env}: {result}")
       self._results[env] = result
 
   def _replace(self, index: int, reason: str) -> None:
@@ -380,9 +377,12 @@ class Pool:
     event = f"simulator worker {index} (process {worker.process.pid}, environments {worker.envs}) {reason}"
     if output:
       event += f"\nits last output:\n{output}"
-    if not worker.ready and self.restarts == 0 or self._failures[index] >= self.max_failures:
+    if not worker.ready and self.restarts == 0:
       self.close()
-      raise SimulatorError(f"{event}\n{self._advice(worker, reason + output)}")
+      raise SimulatorError(f"{event}\nThe simulator could not be started; nothing was run.")
+    if self._failures[index] >= self.max_failures:
+      self.close()
+      raise SimulatorError(f"{event}\nIt failed {self.max_failures} times without one answer in between; giving up.")
     self.restarts += 1
     self.events.append(event)
     _LOG.warning("%s\nreplaced; the episodes of environments %s are discarded", event, worker.envs)
@@ -392,16 +392,20 @@ class Pool:
         self._results[env] = _LOST
     self._workers[index] = self._launch(index)
 
-  def _advice(self, worker: _Worker, said: str) -> str:
-    if not worker.ready:
-      return "The simulator could not be started; nothing was run."
-    return f"It failed {self.max_failures} times without one answer in between; giving up."
-
   def _wait_until_ready(self) -> None:
     last = dict.fromkeys(range(self.num_workers), time.monotonic())
     while waiting := {worker.index for worker in self._workers if not worker.ready}:
       for index in self._poll(waiting, last):
         self._read(index)
+
+
+def _ending(process: subprocess.Popen) -> str:
+  """How a process that closed its pipe ended."""
+  try:
+    code = process.wait(timeout=5.0)
+  except subprocess.TimeoutExpired:
+    return "closed its pipe and stayed alive"
+  return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
 
 _LOST = object()  # the answer of an environment whose worker is gone

@@ -1,0 +1,129 @@
+"""Environment steps per second of the simulator, with RGB images, beside stock ManiSkill.
+
+  python -m benchmarks.simulator [--task pick_cube] [--sizes 64 128 224] [--workers 1 2] [--envs 2] [--seconds 5]
+
+Prints one JSON line per figure, each measured after a warm-up:
+  stock   gym.make with ManiSkill's own meshes, shader and step, in a process of its own
+  pool    `sims.make`: environments on worker processes, random actions, resets every 50 steps included
+  parts   milliseconds of one control step inside a worker: action (controller), physics, picture, signals; and reset
+Meant for idle cores: a busy machine halves the figures. `cpu_ms_per_step` is the processor time of one step of one
+environment in its worker and suffers less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from stare_jax import sims, tasks
+
+_STOCK = """
+import json, sys, time, warnings; warnings.filterwarnings("ignore")
+import gymnasium as gym, mani_skill.envs, numpy as np
+env_id, size, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+env = gym.make(env_id, num_envs=1, sim_backend="physx_cpu", render_backend="cpu", robot_uids="panda", obs_mode="rgb",
+               control_mode="pd_ee_delta_pose", sensor_configs=dict(width=size, height=size))
+rng = np.random.default_rng(0)
+env.reset(seed=0)
+for _ in range(3): env.step(rng.uniform(-1, 1, 7).astype(np.float32))
+start, cpu, steps = time.perf_counter(), time.process_time(), 0
+while time.perf_counter() - start < seconds:
+  if steps % 50 == 0: env.reset(seed=steps)
+  env.step(rng.uniform(-1, 1, 7).astype(np.float32))
+  steps += 1
+wall = time.perf_counter() - start
+print(json.dumps(dict(steps_per_second=round(steps / wall, 1),
+                      cpu_ms_per_step=round(1e3 * (time.process_time() - cpu) / steps, 2))))
+"""
+
+_PARTS = """
+import json, sys, time
+import numpy as np
+from stare_jax import tasks
+from stare_jax.episode import SIGNAL_SIZE
+from stare_jax.sims.maniskill import ManiSkill
+task, size, steps = tasks.get(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+env = ManiSkill(env_id=task.env_id, actors=tuple(task.actors), camera=tuple(task.camera),
+                env_options=dict(task.env_options), image_size=size)
+image, signals = np.zeros((size, size, 3), np.uint8), np.zeros(SIGNAL_SIZE, np.float32)
+rng, times = np.random.default_rng(0), {}
+def timed(name, call):
+  start = time.perf_counter(); call()
+  times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+base = env._env
+for t in range(steps):
+  if t % 25 == 0:
+    timed("reset", lambda: env.reset(t))
+  action = rng.uniform(-1, 1, 7).astype(np.float32)
+  timed("action", lambda: env._set_action(action))
+  timed("physics", env._simulate)
+  timed("picture", env._picture)
+  timed("signals", env._signals)
+print(json.dumps({f"{name}_ms": round(float(np.median(value)), 2) for name, value in times.items()}))
+"""
+
+
+def report(**row) -> None:
+  print(json.dumps(row), flush=True)
+
+
+def in_process(script: str, *arguments: object) -> dict:
+  """The last line that a script prints, as JSON."""
+  command = [sys.executable, "-c", script, *map(str, arguments)]
+  done = subprocess.run(command, check=True, capture_output=True, text=True)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def cpu_seconds(sim: sims.pool.Pool) -> float:
+  """Processor time of the workers so far."""
+  total = 0.0
+  for worker in sim._workers:
+    with open(f"/proc/{worker.process.pid}/stat") as file:
+      fields = file.read().rsplit(")", 1)[1].split()
+    total += (int(fields[11]) + int(fields[12])) / 100.0  # user and system time, in ticks of 10 ms
+  return total
+
+
+def pool(task: tasks.Task, size: int, num_workers: int, num_envs: int, seconds: float) -> dict:
+  rng = np.random.default_rng(0)
+  with sims.make("maniskill", task=task, num_envs=num_envs, num_workers=num_workers, image_size=size) as sim:
+    envs, steps = range(num_envs), 0
+    sim.reset(envs, envs)
+    start, cpu = time.perf_counter(), cpu_seconds(sim)
+    while time.perf_counter() - start < seconds:
+      if steps % task.horizon == 0:
+        sim.reset(envs, [steps + i for i in envs])
+      sim.step(envs, rng.uniform(-1, 1, (num_envs, 7)).astype(np.float32))
+      steps += 1
+    wall, total = time.perf_counter() - start, steps * num_envs
+    busy = cpu_seconds(sim) - cpu
+  return dict(steps_per_second=round(total / wall, 1), cpu_ms_per_step=round(1e3 * busy / total, 2))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--task", default="pick_cube")
+  parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 224])
+  parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+  parser.add_argument("--envs", type=int, default=2, help="environments per worker")
+  parser.add_argument("--seconds", type=float, default=5.0)
+  parser.add_argument("--no-stock", action="store_true", help="skip the comparison")
+  arguments = parser.parse_args()
+  task = tasks.get(arguments.task)
+  for size in arguments.sizes:
+    common = dict(task=task.name, image_size=size)
+    report(what="parts", **common, **in_process(_PARTS, task.name, size, 100))
+    if not arguments.no_stock:
+      report(what="stock", **common, num_workers=1, **in_process(_STOCK, task.env_id, size, arguments.seconds))
+    for num_workers in arguments.workers:
+      figures = pool(task, size, num_workers, arguments.envs * num_workers, arguments.seconds)
+      report(what="pool", **common, num_workers=num_workers, **figures)
+
+
+if __name__ == "__main__":
+  main()

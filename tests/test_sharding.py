@@ -1,0 +1,299 @@
+"""Sharding: the same loss and gradient on every mesh as on one device, and errors before devices are touched."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import chex
+import inspecting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_model
+from jax.sharding import PartitionSpec as P
+
+from stare_jax import policies, sharding, train
+from stare_jax.losses import ops, preference
+
+SGD = optax.sgd(1.0)
+MESHES = {
+  "one": dict(data=1),
+  "data": dict(data=8),
+  "fsdp": dict(data=1, fsdp=4),
+  "tensor": dict(data=1, tensor=2),
+  "mixed": dict(data=2, fsdp=2, tensor=2),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compile():
+  """Halves the time of these tests, most of which is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def mesh_of(name):
+  sizes = MESHES[name]
+  return sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+@functools.cache
+def parameters():
+  return jax.device_get(jax.jit(small_model.init)(jax.random.key(0)))
+
+
+def stage_kernel(log_ratio, batch):
+  p = batch.pairs
+  return preference.stage_tpo(log_ratio, p["stage_id"], p["cost"], p["sign"], beta=0.7, cost_weight=0.3)
+
+
+def shapes(**sizes):
+  return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in sizes.items()}
+
+
+# The mesh --------------------------------------------------------------------------------------------------
+
+
+def test_mesh_takes_the_rest():
+  assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+  assert dict(sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 2}).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+  assert sharding.make_mesh({"data": -1}, jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize("sizes, message", [
+  (dict(data=3), "needs 3 devices, this machine shows 8; change config.mesh"),
+  (dict(data=-1, tensor=3), "needs a multiple of 3 devices, this machine shows 8"),
+  (dict(data=-1, fsdp=-1), "only one axis may be -1"),
+  (dict(data=0), "must be a positive device count"),
+  (dict(model=2), r"unknown axes \['model'\]; the axes are \['data', 'fsdp', 'tensor'\]"),
+])
+def test_meshes_that_cannot_be(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(sizes)
+
+
+# The table of rules ----------------------------------------------------------------------------------------
+
+
+def test_rules_become_specs():
+  mesh = mesh_of("mixed")
+  specs = jax.tree.map(lambda s: s.spec, sharding.shardings(parameters(), small_model.PARAM_AXES, mesh))
+  assert specs == {
+    "embed": {"table": P("tensor", "fsdp")},
+    "layers": {"mlp": {
+      "up": {"kernel": P(None, "fsdp", "tensor"), "bias": P()},  # words name the last axes: layers are not cut
+      "down": {"kernel": P(None, "tensor", "fsdp")},
+    }},
+    "head": {"kernel": P("fsdp", "tensor")},
+    "value": {"kernel": P()},
+  }
+
+
+def test_moments_follow_their_parameter_and_counters_are_replicated():
+  mesh = mesh_of("mixed")
+  tx = train.make_optimizer(learning_rate=1e-3)
+  state = train.abstract_state(parameters(), tx, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  specs = {sharding.path_name(p): x.sharding.spec for p, x in jax.tree_util.tree_leaves_with_path(state.opt)}
+  follows = {path: spec for path, spec in specs.items() if re.search(r"(mu|nu)/head/kernel", path)}
+  assert len(follows) == 2 and set(follows.values()) == {P("fsdp", "tensor")}
+  assert {spec for path, spec in specs.items() if "/mu/" not in path and "/nu/" not in path} == {P()}
+
+
+@pytest.mark.parametrize("params, axes, message", [
+  (shapes(odd=(3,)), (), r"no sharding rule for odd \(3,\); add one line to PARAM_AXES, such as .*\(None,\)"),
+  (shapes(w=(8, 8)), ((r"w", ("embed", "wings")),), r"w: unknown words \['wings'\]; the words are \['embed', "),
+  (shapes(w=(8,)), ((r"w", ("batch",)),), "unknown words"),
+  (shapes(w=(8,)), ((r"w", ("embed", "mlp")),), r"rule of w \(8,\): 2 words .* for 1 axes"),
+  (shapes(w=(7, 8)), ((r"w", ("embed", None)),), r"an axis of 7 does not divide over 2 fsdp devices; change config"),
+])
+def test_rules_that_cannot_be(params, axes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.shardings(params, axes, mesh_of("mixed"))
+
+
+def test_first_rule_wins_and_a_table_is_optional():
+  mesh = mesh_of("fsdp")
+  axes = ((r"w", (None, "embed")), (r".*", ("embed", None)))
+  assert sharding.shardings(shapes(w=(8, 8)), axes, mesh)["w"].spec == P(None, "fsdp")
+  assert sharding.shardings(shapes(w=(7, 8)), None, mesh)["w"].spec == P()
+
+
+def test_table_counts_bytes_per_device():
+  mesh = mesh_of("mixed")
+  params = parameters()
+  places = sharding.shardings(params, small_model.PARAM_AXES, mesh)
+  text = sharding.table(params, places, mesh)
+  total = sum(x.size for x in jax.tree.leaves(params))
+  assert f"{total:,} in " in text and "data 2 x fsdp 2 x tensor 2 = 8 cpu devices" in text
+  assert "layers/mlp/up/bias (2, 32)" in text and "head/kernel" not in text  # the replicated ones are named
+  assert len(sharding.table(params, places, mesh_of("one")).splitlines()) == 2  # nothing to say on one device
+
+
+# The door down ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, *MESHES])
+def test_put_round_trips(rng, name):
+  mesh = None if name is None else mesh_of(name)
+  batch = small_model.batch(rng)
+  on_device = sharding.put(batch, mesh)
+  chex.assert_trees_all_equal(jax.device_get(on_device), batch)
+  if mesh is not None:
+    rows = on_device["tokens"].sharding.shard_shape((48, 3))[0]
+    assert rows == 48 // sharding.batch_shards(mesh)
+    assert on_device["value_weight"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("name", [None, "one", "data"])
+def test_put_does_not_share_the_hosts_memory(name):
+  """A CPU device may alias an aligned numpy buffer: the loader's next batch would then change the last one."""
+  raw = np.zeros(4096 + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  batch = raw[start : start + 4096]
+  mesh = None if name is None else mesh_of(name)
+  on_device, kept = sharding.put(batch, mesh), sharding.replicate(batch, mesh)
+  batch[:] = 1
+  assert not np.asarray(on_device).any() and not np.asarray(kept).any()
+
+
+def test_rows_that_do_not_divide_are_named(rng):
+  batch = small_model.batch(rng, rows=12)
+  with pytest.raises(ValueError, match=r"batch: obs/image \(12, 16\) has 12 rows.*over 8 devices.*multiple of 8"):
+    sharding.put(batch, mesh_of("data"))
+  sharding.put(batch, mesh_of("mixed"))  # four pieces: tensor devices see the same rows
+
+
+# The update on a mesh --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def on_one_device(kind):
+  """Two updates without any mesh."""
+  return run(kind, None)
+
+
+def run(kind, mesh):
+  """Two updates of SGD with step 1: (the sum of their gradients, metrics of each, update, state)."""
+  rng = np.random.default_rng(7)
+  if kind == "preference":
+    batches = [small_model.pairs(rng, pairs=8, steps=6) for _ in range(2)]
+    update = train.make_preference_update(
+      small_model.log_prob, stage_kernel, SGD, micro_batch=16, mesh=mesh, param_axes=small_model.PARAM_AXES
+    )
+  else:
+    batches = [small_model.batch(rng) for _ in range(2)]
+    update = train.make_update(
+      small_model.loss_fn, SGD, mesh=mesh, param_axes=small_model.PARAM_AXES, micro_batches=3 if kind == "cut" else 1
+    )
+  state = train.init_state(small_model.init, jax.random.key(0), SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  first, told = state, []
+  with jax.transfer_guard("disallow"):
+    for batch in batches:
+      state, metrics = update(state, sharding.put(batch, mesh))
+      told.append(train.fetch(metrics, state.params))
+  assert all(x.is_deleted() for x in jax.tree.leaves(first.params)), "the state is donated"
+  gradients = jax.tree.map(np.subtract, parameters(), jax.device_get(state.params))
+  return gradients, told, update, state
+
+
+CASES = [(name, kind) for name in MESHES for kind in ("whole" if name == "data" else "cut", "preference")]
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_every_mesh_gives_the_loss_and_gradient_of_one_device(name, kind):
+  mesh = mesh_of(name)
+  gradients, told, update, state = run(kind, mesh)
+  expected, told_alone, *_ = on_one_device(kind)
+  chex.assert_trees_all_close(gradients, expected, rtol=2e-4, atol=2e-6)
+  for ours, alone in zip(told, told_alone, strict=True):
+    assert ours == pytest.approx(alone, rel=1e-4, abs=1e-6)
+  assert update.traces == 1 and update._compiled._cache_size() == 1
+  places = train.state_shardings(state, mesh, small_model.PARAM_AXES)
+  assert jax.tree.map(lambda x: x.sharding, state) == places  # what comes out lies where the rules say
+
+
+def test_update_on_a_mesh_is_in_place_and_keeps_rows_where_they_are():
+  """Every state buffer is aliased, and images never travel: devices exchange gradients and parameters alone."""
+  mesh = mesh_of("data")
+  rng = np.random.default_rng(0)
+  state = train.init_state(small_model.init, jax.random.key(0), SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  cut = train.make_update(small_model.loss_fn, SGD, mesh=mesh, param_axes=small_model.PARAM_AXES, micro_batches=3)
+  two_pass = train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=16, mesh=mesh)
+  for update, batch in ((cut, small_model.batch(rng)), (two_pass, small_model.pairs(rng, pairs=8, steps=6))):
+    text = update.lower(state, sharding.put(batch, mesh)).compile().as_text()
+    aliased = text.split("input_output_alias=")[1].split("entry_computation_layout")[0].count("may-alias")
+    assert aliased == len(jax.tree.leaves(state))
+    assert "all-reduce" in inspecting.collectives(text)
+    assert not re.search(r"u8\[[\d,]*\]\S* (all-gather|all-to-all|all-reduce|collective-permute)", text)
+
+
+def test_micro_batch_divides_over_the_devices():
+  with pytest.raises(ValueError, match=r"micro_batch is 12 steps, which do not divide over 8 devices"):
+    train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=12, mesh=mesh_of("data"))
+  mesh = mesh_of("data")
+  state = train.new_state(parameters(), SGD, mesh=mesh)
+  update = train.make_update(small_model.loss_fn, SGD, mesh=mesh, micro_batches=5)
+  with pytest.raises(ValueError, match="5 micro-batches on 8 devices; make it a multiple of 40"):
+    update(state, sharding.put(small_model.batch(np.random.default_rng(0)), mesh))
+
+
+def test_uneven_padding_between_devices():
+  """One device's episodes are all padding but for a step: it waits for the others, and nothing is lost."""
+  batch = small_model.pairs(np.random.default_rng(3), steps=6)
+  batch.valid[2:4], batch.valid[2:4, 0] = False, True
+  batch.pairs["stage_id"][:] = np.where(batch.valid, batch.pairs["stage_id"], -1)
+  run = lambda mesh, batch: jax.jit(
+    lambda p, b: train.preference_gradient(small_model.log_prob, stage_kernel, p, b, micro_batch=8, mesh=mesh)[0]
+  )(sharding.replicate(parameters(), mesh), batch)
+  mesh = mesh_of("fsdp")
+  chex.assert_trees_all_close(
+    jax.device_get(run(mesh, sharding.put(batch, mesh))), jax.device_get(run(None, batch)), rtol=2e-4, atol=2e-6
+  )
+
+
+# A real backbone -------------------------------------------------------------------------------------------
+
+
+STATS = policies.ActionStats(q01=-np.ones(7, np.float32), q99=np.ones(7, np.float32), mask=np.arange(7) < 6)
+NANO = dict(
+  image_size=8, patch_size=4, dino=dict(width=8, head_size=4, mlp=12), siglip=dict(width=8, head_size=4, mlp=16),
+  projector=16, llm_width=16, llm_head_size=8, llm_depth=2, llm_mlp=24, value_hidden=(8, 8), unroll=False,
+)
+
+
+def test_openvla_on_a_mixed_mesh_gives_the_gradient_of_one_device():
+  policy = policies.make(name="openvla", size="tiny", stats=STATS, **NANO)
+  rng = np.random.default_rng(0)
+  obs = policy.encode(rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 8)
+  batch = {"obs": obs, "tokens": rng.integers(0, 256, (8, 7), dtype=np.int32)}
+  init = lambda key: jax.tree.map(lambda s: 0.3 * jnp.sin(37.7 * jnp.arange(s.size).reshape(s.shape)), shapes_of)
+  shapes_of = jax.eval_shape(policy.init, jax.random.key(0))
+
+  def loss_fn(params, batch):
+    out = policy.apply(params, batch["obs"], batch["tokens"])
+    log_prob = jnp.sum(ops.token_log_prob(out.logits, batch["tokens"]), axis=-1)
+    return ops.Mean.of(jnp.square(out.value) - log_prob, jnp.ones(log_prob.shape, bool)), {}
+
+  results = []
+  for mesh in (None, mesh_of("mixed")):
+    state = train.init_state(init, jax.random.key(0), SGD, mesh=mesh, param_axes=policy.param_axes)
+    update = train.make_update(loss_fn, SGD, mesh=mesh, param_axes=policy.param_axes)
+    state, metrics = update(state, sharding.put(batch, mesh))
+    results.append((jax.device_get(state.params), train.fetch(metrics, state.params)))
+  (params, told), (params_mesh, told_mesh) = results
+  assert told == pytest.approx(told_mesh, rel=1e-4)
+  chex.assert_trees_all_close(params, params_mesh, rtol=1e-3, atol=1e-4 * told["grad_norm"])
+
+
+def test_openvla_has_a_rule_for_every_weight():
+  """Backbones name their weights in these words; the smallest one divides over a mixed mesh."""
+  policy = policies.make(name="openvla", size="tiny", stats=STATS)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  places = sharding.shardings(params, policy.param_axes, mesh_of("mixed"))
+  cut = lambda x, s: int(np.prod(x.shape)) if s.spec == P() else 0
+  whole = sum(jax.tree.leaves(jax.tree.map(cut, params, places)))
+  assert whole < 0.1 * sum(x.size for x in jax.tree.leaves(params)), sharding.table(params, places, mesh_of("mixed"))
