@@ -34,14 +34,17 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     name="maniskill", num_envs=16, num_workers=2, groups=2, image_size=64, horizon=50,
     timeout=60.0,  # seconds without an answer until a worker is replaced
   )  # fmt: skip
-  c.policy = dict(name="openvla", size="tiny", options=ml_collections.ConfigDict(dict(patch_size=16)))
+  c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12))
   c.init_from = ""  # a checkpoint folder of another run, such as runs/x/checkpoints/imitation
 
   # Supervised fine-tuning on scripted demonstrations.
   c.imitation = dict(
-    loss="cross_entropy", demonstrations=100, expert_noise=0.05, updates=400, batch=64, micro_batches=1, checkpoint_every=100,
-    optimiser=dict(learning_rate=1e-3, schedule="cosine", warmup_steps=30, weight_decay=0.01, clip_norm=1.0),
-    hp=dict(smoothing_sigma=2.0),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
+    loss="cross_entropy", demonstrations=150, expert_noise=0.3,
+    updates=600, batch=64, micro_batches=1, checkpoint_every=100,
+    optimiser=dict(
+      learning_rate=1.5e-3, schedule="cosine", warmup_steps=30, weight_decay=0.01, clip_norm=1.0, betas=(0.9, 0.95),
+    ),
+    hp=dict(smoothing_sigma=4.0),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
   )  # fmt: skip
 
   # StA-TPO on same-start pairs of the policy's own rollouts.
@@ -59,8 +62,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     target_kl=0.02,  # per iteration, nats per action: more epochs stop, and the learning rate adapts
     shaping=True, offset=1.0, terminal="zero",
     success_reward=3.0,  # at least K * offset, so that success is worth more than the potential it ends
-    optimiser=dict(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0),
-    hp=dict(discount=0.98, lam=0.9, clip=0.2, value_clip=None, value_weight=0.5, entropy_weight=0.0, kl_weight=0.0, ratio="action"),
+    optimiser=dict(
+      learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
+    ),
+    hp=dict(
+      discount=0.98, lam=0.9, clip=0.2, value_clip=None, value_weight=0.5, entropy_weight=0.0, kl_weight=0.0,
+      ratio="action",
+    ),
   )  # fmt: skip
 
   c.evaluation = dict(episodes=128, temperature=0.0, seed=1_000_000)

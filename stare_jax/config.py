@@ -64,9 +64,11 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
       raise ConfigError(f'unknown phase "{phase}" in phases: {suggest(phase, PHASES)}')
   if list(c.phases) != [p for p in PHASES if p in c.phases]:
     raise ConfigError(f"phases = {tuple(c.phases)}: expected an ordered selection of {PHASES}")
+  if not c.phases:
+    raise ConfigError(f"phases is empty: name at least one of {PHASES}")
   _divides(c, "sim.num_envs", c.sim.num_envs, "sim.groups", c.sim.groups)
-  if c.sim.num_workers < 1:
-    raise ConfigError(f"sim.num_workers = {c.sim.num_workers}: expected at least 1")
+  if not 1 <= c.sim.num_workers <= c.sim.num_envs:
+    raise ConfigError(f"sim.num_workers = {c.sim.num_workers}: expected 1 to sim.num_envs = {c.sim.num_envs}")
   _divides(c, "imitation.batch", c.imitation.batch, "imitation.micro_batches", c.imitation.micro_batches)
   rollout = c.sim.num_envs * c.interaction.steps
   _divides(c, "interaction.batch", c.interaction.batch, "interaction.micro_batches", c.interaction.micro_batches)
@@ -77,15 +79,22 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
     section = c[phase]
     total, optimiser = section.get("updates") or section.iterations, section.optimiser
     if optimiser.schedule == "cosine" and optimiser.warmup_steps >= total:
-      raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} updates "
-                        f"to a cosine schedule: choose fewer than {total}")
-  if c.sim.image_size % c.policy.options.patch_size:
-    raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {c.policy.options.patch_size}")
+      raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} "
+                        f"updates to a cosine schedule: choose fewer than {total}")
+  patch = c.policy.options.patch_size
+  if c.sim.image_size % patch:
+    raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {patch}")
   for field in ("imitation.demonstrations", "evaluation.episodes", "preference.starts", "preference.samples"):
     section, key = field.split(".")
     if c[section][key] < 1:
       raise ConfigError(f"{field} = {c[section][key]}: expected at least 1")
   if c.preference.samples < 2 and "preference" in c.phases:
     raise ConfigError(f"preference.samples = {c.preference.samples}: a pair needs at least 2 rollouts of one start")
+  if "preference" in c.phases and max(c.preference.buckets) < c.sim.horizon:
+    raise ConfigError(f"preference.buckets = {tuple(c.preference.buckets)} hold no episode of sim.horizon = "
+                      f"{c.sim.horizon} steps: add a bucket of {c.sim.horizon}")
+  for phase in ("preference", "interaction"):  # what acts at 0 has no log-probabilities to learn from
+    if not c[phase].temperature > 0:
+      raise ConfigError(f"{phase}.temperature = {c[phase].temperature}: expected more than 0, such as 1.0")
   if not 0 <= c.interaction.hp.discount <= 1:
     raise ConfigError(f"interaction.hp.discount = {c.interaction.hp.discount}: expected 0 to 1")

@@ -65,7 +65,7 @@ class Episode:
     instruction: what the policy was told.
     images: uint8[T, H, W, 3], o_0 .. o_{T-1}.
     signals: float32[T+1, S], s_0 .. s_T, packed as in `SIGNALS`.
-    actions: float32[T, D], as sent to the simulator.
+    actions: float32[T, D], as decided; a noisy expert's disturbance is not in them.
     tokens: int32[T, A], action bins in [0, V).
     log_prob: float32[T, A], nats, of each token under the behaviour policy at its temperature; zeros for an expert.
     value: float32[T], the behaviour policy's V(o_t); zeros for an expert.

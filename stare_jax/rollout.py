@@ -8,6 +8,7 @@ timing. A worker's death costs the episodes on it: they are discarded and run ag
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,10 +30,11 @@ class Start(NamedTuple):
 class Decision(NamedTuple):
   """One step of a group of n environments."""
 
-  actions: np.ndarray  # float32[n, D]
+  actions: np.ndarray  # float32[n, D], what is recorded
   tokens: np.ndarray  # int32[n, A]
   log_prob: np.ndarray  # float32[n, A]
   value: np.ndarray  # float32[n]
+  sent: np.ndarray | None = None  # float32[n, D], what the simulator gets where it is not `actions`
 
 
 class Actor(Protocol):
@@ -57,6 +59,7 @@ class Tape:
   images: list = dataclasses.field(default_factory=list)
   signals: list = dataclasses.field(default_factory=list)
   decisions: list = dataclasses.field(default_factory=list)  # per step: actions, tokens, log_prob, value
+  action: np.ndarray | None = None  # on its way to the simulator
   steps_left: int | None = None  # the environment's step budget; None is without limit
   resetting: bool = False
 
@@ -129,7 +132,7 @@ class Collector:
             pending[g] = self._turn(tapes, group, pending[g], done)
     except BaseException:
       for envs in pending:  # leave no answer in the pipes for the next caller to trip over
-        if envs:
+        with contextlib.suppress(Exception):  # a simulator that is closed has none, and the first error is the news
           self.sim.receive(envs)
       raise
     return done
@@ -151,7 +154,8 @@ class Collector:
         self.progress(0, episode)
         tape.next_start() if tape.steps_left != 0 else tape.finish()
       else:
-        tape.decisions.append(tuple(array[row] for array in decision))
+        tape.decisions.append(tuple(array[row] for array in decision[:4]))
+        tape.action = (decision.actions if decision.sent is None else decision.sent)[row]
         tape.steps_left = None if tape.steps_left is None else tape.steps_left - 1
         steps += 1
     self.progress(steps, None)
@@ -212,7 +216,7 @@ class Collector:
     if resets:
       self.sim.send_reset(resets, [tapes[env].start.seed for env in resets])
     if moving:
-      self.sim.send_step(moving, np.stack([tapes[env].decisions[-1][0] for env in moving]))
+      self.sim.send_step(moving, np.stack([tapes[env].action for env in moving]))
     return active
 
 
@@ -220,26 +224,33 @@ class Collector:
 class ExpertActor:
   """A task's scripted expert, one per episode; log-probs and values are zero.
 
+  With noise, the simulator gets a disturbed action and the episode records the expert's own: demonstrations then show
+  how to come back from states that a learner will drift into (Laskey et al. 2017), and their labels stay clean.
+
   Attributes:
     task: has `expert(rng, noise)`.
-    noise: standard deviation of the action noise.
-    seed: with the start, fixes the noise.
+    noise: standard deviation of the disturbance of the three translations.
+    seed: with the start, fixes the disturbance.
   """
 
   task: Any
   noise: float = 0.0
   seed: int = 0
-  experts: dict = dataclasses.field(default_factory=dict)
+  episodes: dict = dataclasses.field(default_factory=dict)  # start -> (generator, expert)
 
   def __call__(self, images, signals, starts, steps, live) -> Decision:
-    actions = np.zeros((len(starts), 7), np.float32)
+    actions, sent = np.zeros((2, len(starts), 7), np.float32)
     for row in np.flatnonzero(live):
       start = starts[row]
       if steps[row] == 0:
         rng = np.random.default_rng([self.seed, start.seed, start.sample])
-        self.experts[start] = self.task.expert(rng, self.noise)
-      actions[row] = self.experts[start].act(unpack_signals(signals[row]))
-    return Decision(actions, np.zeros(actions.shape, np.int32), np.zeros(actions.shape), np.zeros(len(actions)))
+        self.episodes[start] = rng, self.task.expert(rng, 0.0)
+      rng, expert = self.episodes[start]
+      actions[row] = expert.act(unpack_signals(signals[row]))
+      sent[row] = actions[row]
+      sent[row, :3] = np.clip(sent[row, :3] + self.noise * rng.standard_normal(3), -1, 1)
+    nothing = np.zeros(actions.shape)
+    return Decision(actions, nothing.astype(np.int32), nothing, np.zeros(len(actions)), sent)
 
 
 @dataclasses.dataclass
@@ -272,7 +283,7 @@ class PolicyActor:
 
 
 def compile_act(policy: Any) -> Callable:
-  """`(params, obs, key, seeds u32[n], samples u32[n], steps u32[n], temperature) -> Act`, compiled once per group size."""
+  """`(params, obs, key, seeds u32[n], samples u32[n], steps u32[n], temperature) -> Act`; one trace per group size."""
   import jax  # here, so that experts and simulators can be driven without it
 
   def act(params, obs, key, seeds, samples, steps, temperature):

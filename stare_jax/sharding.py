@@ -174,7 +174,14 @@ def place(tree: Any, places: Any) -> Any:
   tree = jax.tree.map(_own, tree)
   if jax.process_count() == 1:
     return jax.device_put(tree, places)
-  piece = lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda index: np.asarray(x)[index])
+
+  def piece(x: Any, where: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:  # lies on the mesh already
+      return jax.device_put(x, where)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(piece(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+    return jax.make_array_from_callback(np.shape(x), where, lambda index: np.asarray(x)[index])
+
   return jax.tree.map(piece, tree, places)
 
 

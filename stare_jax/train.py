@@ -461,6 +461,7 @@ def check_finite(metrics: Mapping[str, float], params: Any) -> None:
   if metrics.get("_finite", 1.0) == 1.0:
     return
   terms = [name for name, x in metrics.items() if not math.isfinite(x) and name not in ("grad_norm", "update_norm")]
+  terms.sort(key="loss".__eq__)  # the sum of the others comes last
   paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   count, first = int(metrics["_bad_gradients"]), int(metrics["_first_bad_gradient"])
   if terms:

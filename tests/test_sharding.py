@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
+import socket
+import subprocess
+import sys
 
 import chex
 import inspecting
@@ -15,7 +20,7 @@ import pytest
 import small_model
 from jax.sharding import PartitionSpec as P
 
-from stare_jax import policies, sharding, train
+from stare_jax import checkpoint, policies, sharding, train
 from stare_jax.losses import ops, preference
 
 SGD = optax.sgd(1.0)
@@ -265,7 +270,8 @@ NANO = dict(
 )
 
 
-def test_openvla_on_a_mixed_mesh_gives_the_gradient_of_one_device():
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
+def test_openvla_on_a_mixed_mesh_is_that_of_one_device(what):
   policy = policies.make(name="openvla", size="tiny", stats=STATS, **NANO)
   rng = np.random.default_rng(0)
   obs = policy.encode(rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 8)
@@ -281,6 +287,10 @@ def test_openvla_on_a_mixed_mesh_gives_the_gradient_of_one_device():
   results = []
   for mesh in (None, mesh_of("mixed")):
     state = train.init_state(init, jax.random.key(0), SGD, mesh=mesh, param_axes=policy.param_axes)
+    if what == "loss":
+      means = train.make_loss(loss_fn)(state.params, sharding.put(batch, mesh))
+      results.append((jax.device_get(state.params), train.mean_values([means]) | {"grad_norm": 1.0}))
+      continue
     update = train.make_update(loss_fn, SGD, mesh=mesh, param_axes=policy.param_axes)
     state, metrics = update(state, sharding.put(batch, mesh))
     results.append((jax.device_get(state.params), train.fetch(metrics, state.params)))
@@ -297,3 +307,61 @@ def test_openvla_has_a_rule_for_every_weight():
   cut = lambda x, s: int(np.prod(x.shape)) if s.spec == P() else 0
   whole = sum(jax.tree.leaves(jax.tree.map(cut, params, places)))
   assert whole < 0.1 * sum(x.size for x in jax.tree.leaves(params)), sharding.table(params, places, mesh_of("mixed"))
+
+
+# Several processes -----------------------------------------------------------------------------------------
+
+PROCESS = """
+import sys
+import jax
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_disable_most_optimizations", True)
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+import json
+import numpy as np
+import small_model
+from stare_jax import checkpoint, sharding, train
+mesh = sharding.make_mesh({"data": 2, "fsdp": 2})
+axes, tx = small_model.PARAM_AXES, train.make_optimizer(learning_rate=1e-2)
+state = train.init_state(small_model.init, jax.random.key(0), tx, mesh=mesh, param_axes=axes)
+update = train.make_update(small_model.loss_fn, tx, mesh=mesh, param_axes=axes, micro_batches=2)
+batch = small_model.batch(np.random.default_rng(0))
+mine = jax.tree.map(lambda x: np.split(x, 2)[rank] if np.ndim(x) else x, batch)
+state, metrics = update(state, sharding.put(mine, mesh))
+told = train.fetch(metrics, state.params)
+checkpoint.save(folder, 1, {"train": state, "cursor": np.array([1, 2])}, {"rank": "any"})
+restored, _ = checkpoint.restore(folder, {"train": state, "cursor": np.zeros(2, int)})
+again = train.new_state(restored["train"].params, tx, mesh=mesh, param_axes=axes)
+digests = [checkpoint.params_sha256(x.params) for x in (state, restored["train"], again)]
+print(json.dumps({**told, "digests": digests, "cursor": restored["cursor"].tolist()}))
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_are_one_run(tmp_path, root):
+  """Each process passes its own rows; loss, gradient and checkpoint are those of one process with all of them."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  env = {
+    **os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+  }
+  command = [sys.executable, "-c", PROCESS]
+  both = [
+    subprocess.Popen([*command, str(rank), port, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True)
+    for rank in range(2)
+  ]
+  try:
+    told = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in both]
+  finally:
+    for process in both:
+      process.kill()
+  assert told[0] == told[1]
+  assert len(set(told[0]["digests"])) == 1 and told[0]["cursor"] == [1, 2]
+  loss, _ = small_model.loss_fn(parameters(), small_model.batch(np.random.default_rng(0)))
+  assert told[0]["loss"] == pytest.approx(float(loss.value()), rel=1e-5)
+  abstract = {"train": {"params": parameters()}}  # one process reads what two wrote
+  restored, _ = checkpoint.restore(tmp_path, abstract, partial=True)
+  assert checkpoint.params_sha256(restored["train"]["params"]) == told[0]["digests"][0]

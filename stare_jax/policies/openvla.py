@@ -14,6 +14,7 @@ Axes: N rows, P patches, L prompt tokens, A action tokens, V action bins.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -228,25 +229,21 @@ def value_head(params: Params, hidden: jax.Array) -> jax.Array:
   return nn.dense(heads[-1], x)[..., 0]
 
 
-def extend(params: Params, bins: jax.Array, start: int | jax.Array, mask: jax.Array, past, config: Config):
-  """The next action tokens through the decoder, against the cache.
+def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, past: Any, config: Config):
+  """One more action token through the decoder, against the cache.
 
-    bins: int32[N, C], action tokens start .. start + C - 1.
+    bins: int32[N], action token number `dim`.
     mask: bool[N, S] of the prefix.
     past: ((keys, values) of the prefix [layers, N, H, S, E], (keys, values) of the action tokens so far, padded to
-      [layers, N, H, A, E]).
-  Returns: [N, W] after the final norm at the last of the tokens, and the second half of `past` with them in.
+      [layers, N, H, M, E]).
+  Returns: [N, W] after the final norm, and the second half of `past` with this token in.
   """
   prefix, suffix = past
-  count = bins.shape[1]
-  x = embed(params, bins + config.first_action, config)
-  positions = mask.sum(axis=1, keepdims=True) + start + jnp.arange(count)
-  rope = nn.rotation(positions, config.llm_head_size, config.rope_theta)
-  written = jnp.broadcast_to(jnp.arange(suffix[0].shape[3]) < start, (count, suffix[0].shape[3]))
-  inside = jnp.concatenate([written, jnp.tril(jnp.ones((count, count), bool))], axis=1)
-  shape = (len(x), 1, count)
-  seen = [jnp.broadcast_to(m, (*shape, m.shape[-1])) for m in (mask[:, None, None, :], inside[None, None])]
-  bias = jnp.where(jnp.concatenate(seen, axis=-1), 0.0, nn.NEGATIVE)
+  x = embed(params, bins[:, None] + config.first_action, config)
+  rope = nn.rotation(mask.sum(axis=1, keepdims=True) + dim, config.llm_head_size, config.rope_theta)
+  written = jnp.broadcast_to(jnp.arange(suffix[0].shape[3]) < dim, (len(x), suffix[0].shape[3]))
+  seen = jnp.concatenate([mask, written, jnp.ones((len(x), 1), bool)], axis=1)
+  bias = jnp.where(seen, 0.0, nn.NEGATIVE)[:, None, None, :]
 
   def body(x, inputs):
     layer, *past = inputs
@@ -255,9 +252,9 @@ def extend(params: Params, bins: jax.Array, start: int | jax.Array, mask: jax.Ar
     )
 
   x, new = nn.stack(body, x, (params["llm"]["layers"], prefix, suffix), unroll=config.unroll, remat=False)
-  at = (0, 0, 0, start, 0)
+  at = (0, 0, 0, dim, 0)
   suffix = jax.tree.map(lambda old, add: jax.lax.dynamic_update_slice(old, add, at), suffix, new)
-  return final_norm(params, x[:, -1], config), suffix
+  return final_norm(params, x[:, 0], config), suffix
 
 
 class Actions(NamedTuple):
@@ -272,15 +269,17 @@ class Actions(NamedTuple):
 
   @property
   def last(self) -> int:
-    """The last dimension with a choice; the tokens from there on never enter the network."""
+    """The last dimension with a choice; it and what follows never enter the network."""
     return int(np.flatnonzero(self.free)[-1])
+
+  def forced(self, bins: int) -> np.ndarray:
+    """float32[A, V], the logits of a dimension without choice: log-probability and entropy exactly 0."""
+    return np.where(np.arange(bins) == self.constant[:, None], 0.0, -1e9).astype(np.float32)
 
   def constrain(self, logits: jax.Array) -> jax.Array:
     """float32[N, A', V] -> [N, A, V]: a dimension without choice puts all probability on its bin, without gradient."""
-    n, _, bins = logits.shape
-    forced = np.where(np.arange(bins) == self.constant[:, None], 0.0, -1e9).astype(np.float32)
     logits = jnp.pad(logits, ((0, 0), (0, len(self.free) - logits.shape[1]), (0, 0)))
-    return jnp.where(self.free[:, None], logits, forced)
+    return jnp.where(self.free[:, None], logits, self.forced(logits.shape[-1]))
 
 
 def apply(config: Config, actions: Actions, params: Params, obs: Obs, tokens: jax.Array) -> Output:
@@ -296,6 +295,7 @@ def apply(config: Config, actions: Actions, params: Params, obs: Obs, tokens: ja
 def value(config: Config, params: Params, obs: Obs) -> jax.Array:
   """float32[N]."""
   check(config, obs)
+  config = dataclasses.replace(config, unroll=False)  # as in `act`
   x, mask = sequence(params, obs, jnp.zeros((len(obs.prompt), 0), jnp.int32), config)
   return value_head(params, final_norm(params, decoder(params, x, mask, config, tail=1)[0], config)[:, 0])
 
@@ -312,56 +312,37 @@ def act(
 ) -> Act:
   """Sample an action token by token: the prefix once, then each token against the cached keys and values."""
   check(config, obs)
-  n, size = len(obs.prompt), config.action_size
+  config = dataclasses.replace(config, unroll=False)  # without a gradient a scan is as fast, and compiles in half
+  n, last = len(obs.prompt), actions.last
   if jnp.issubdtype(keys.dtype, jnp.uint32):
     keys = jax.random.wrap_key_data(keys)
   x, mask = sequence(params, obs, jnp.zeros((n, 0), jnp.int32), config)
   x, prefix = decoder(params, x, mask, config, tail=1, cache=True)
   hidden = final_norm(params, x[:, 0], config)
-  gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (size, config.bins)), out_axes=1)(keys)
-  forced = actions.constrain(jnp.zeros((1, 0, config.bins)))[0]
+  draw = lambda key: jax.random.gumbel(key, (config.action_size, config.bins))
+  known = (jax.vmap(draw, out_axes=1)(keys), actions.free, actions.forced(config.bins))  # by dimension
 
-  def choose(hidden, dim):
-    logits = jnp.where(jnp.asarray(actions.free)[dim], action_logits(params, hidden, config), forced[dim])
-    token = jnp.argmax(logits + temperature * gumbel[dim], axis=-1).astype(jnp.int32)  # Gumbel-max; greedy at 0
+  def choose(hidden, noise, free, forced):
+    logits = jnp.where(free, action_logits(params, hidden, config), forced)
+    token = jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)  # Gumbel-max; greedy at 0
     return token, log_prob(logits, token, temperature)
 
-  def advance(suffix, tokens, start):
-    return extend(params, tokens, start, mask, (prefix, suffix), config)
-
-  suffix = jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:3], size, kv.shape[-1]), kv.dtype), prefix)
-  loop = unrolled if config.unroll else scanned
-  tokens, logp = loop(actions, choose, advance, hidden, suffix)
-  return Act(tokens=tokens, log_prob=logp, value=value_head(params, hidden))
-
-
-def scanned(actions: Actions, choose: Callable, advance: Callable, hidden: jax.Array, suffix: Any):
-  """The loop over action tokens as one scan. Returns tokens int32[N, A] and log-probs float32[N, A]."""
-
-  def step(carry, dim):
+  def step(carry, inputs):
     hidden, suffix = carry
-    token, logp = choose(hidden, dim)
-    return advance(suffix, token[:, None], dim), (token, logp)
+    dim, *at = inputs
+    token, logp = choose(hidden, *at)
+    return extend(params, token, dim, mask, (prefix, suffix), config), (token, logp)
 
-  last = len(actions.free) - 1  # nothing follows the last token, so it is chosen outside
-  (hidden, _), chosen = jax.lax.scan(step, (hidden, suffix), np.arange(last))
-  return tuple(jnp.concatenate([c, f[None]]).T for c, f in zip(chosen, choose(hidden, last)))
-
-
-def unrolled(actions: Actions, choose: Callable, advance: Callable, hidden: jax.Array, suffix: Any):
-  """The same loop in copies: tokens without choice go through the network together with the choice before them."""
-  tokens, logps, entered = [], [], 0
-  for dim, free in enumerate(actions.free):
-    if free and entered < dim:
-      hidden, suffix = advance(suffix, jnp.stack(tokens[entered:], axis=1), entered)
-      entered = dim
-    if free:
-      token, logp = choose(hidden, dim)
-    else:
-      token, logp = jnp.full(len(hidden), actions.constant[dim], jnp.int32), jnp.zeros(len(hidden))
-    tokens.append(token)
-    logps.append(logp)
-  return jnp.stack(tokens, axis=1), jnp.stack(logps, axis=1)
+  suffix = jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:3], max(last, 1), kv.shape[-1]), kv.dtype), prefix)
+  (end, _), chosen = jax.lax.scan(step, (hidden, suffix), (np.arange(last), *(leaf[:last] for leaf in known)))
+  final = choose(end, *(leaf[last] for leaf in known))  # nothing follows it, so it needs no step
+  tokens, logp = (jnp.concatenate([a, b[None]]).T for a, b in zip(chosen, final))
+  rest = jnp.broadcast_to(actions.constant[last + 1 :], (n, config.action_size - last - 1))
+  return Act(
+    tokens=jnp.concatenate([tokens, rest], axis=1),
+    log_prob=jnp.pad(logp, ((0, 0), (0, rest.shape[1]))),
+    value=value_head(params, hidden),
+  )
 
 
 def check(config: Config, obs: Obs, tokens: jax.Array | None = None) -> None:

@@ -21,10 +21,10 @@ STUCK_STEP = 0.002  # metres; less than this after asking for a real motion mean
 
 
 class Target(NamedTuple):
-  """Where the tool should go: position float[3], rotation float[3, 3], gripper in [-1, 1]."""
+  """Where the tool should go: position float[3], rotation float[3, 3] (None: do not turn), gripper in [-1, 1]."""
 
   position: np.ndarray
-  rotation: np.ndarray
+  rotation: np.ndarray | None
   grip: float
 
 
@@ -59,7 +59,7 @@ class Controller:
     return self._toward(self._target)
 
   def _toward(self, target: Target) -> np.ndarray:
-    position, rotation = self.tool, self.tool_rotation
+    position = self.tool
     move = (target.position - position) / METRES * GAIN
     length = np.linalg.norm(move)
     # Inverse kinematics that finds no solution leaves the arm where it is. Asked to move and did not: ask for less.
@@ -67,7 +67,7 @@ class Controller:
     self._stride = max(0.15, 0.6 * self._stride) if frozen else min(1.0, 1.3 * self._stride)
     self._before = position
     move *= self._stride / max(length, 1.0)
-    turn = rotation_vector(target.rotation @ rotation.T) * GAIN
+    turn = self._turn_to(target.rotation) * GAIN
     turn *= RADIANS / max(np.linalg.norm(turn), RADIANS)
     action = np.concatenate([move, -euler_xyz(from_rotation_vector(turn)) / RADIANS, [target.grip]])
     if self._noise:
@@ -105,6 +105,9 @@ class Controller:
     """From the object to the tool that holds it."""
     return self.tool - self.thing
 
+  def _turn_to(self, rotation: np.ndarray | None) -> np.ndarray:
+    return np.zeros(3) if rotation is None else rotation_vector(rotation @ self.tool_rotation.T)
+
   def nearest(self, rotations: list[np.ndarray]) -> np.ndarray:
     """The rotation that the tool reaches with the smallest turn."""
     turns = [np.linalg.norm(rotation_vector(rotation @ self.tool_rotation.T)) for rotation in rotations]
@@ -117,15 +120,14 @@ class Controller:
   # ---- what a plan does
 
   def goto(
-    self, where: Where, rotation: np.ndarray, grip: float, within: float = 0.008, turn: float = 0.06, steps: int = 60
+    self, where: Where, rotation: np.ndarray | None, grip: float, within: float = 0.008, turn: float = 0.06, steps: int = 60
   ) -> Iterator[Target]:
     """Until the tool is within metres and radians of the target, or `steps` have passed."""
     look = where if callable(where) else lambda: where
     for _ in range(steps):
       position = look()
       yield Target(position, rotation, grip)
-      turned = np.linalg.norm(rotation_vector(rotation @ self.tool_rotation.T))
-      if np.linalg.norm(self.tool - position) < within and turned < turn:
+      if np.linalg.norm(self.tool - position) < within and np.linalg.norm(self._turn_to(rotation)) < turn:
         return
 
   def hold(self, position: np.ndarray, rotation: np.ndarray, grip: float, steps: int) -> Iterator[Target]:

@@ -1,0 +1,37 @@
+"""What can be checked of a run before anything heavy is loaded: its configuration, its names, its folder."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from stare_jax import losses, sims, tasks
+from stare_jax.config import ConfigError, suggest, validate
+
+
+def check(config: Any, workdir: str | os.PathLike) -> None:
+  """Raises ConfigError where this configuration cannot run, or not in this folder. Imports no jax.
+
+  The folder is made if it is not there yet, once nothing is wrong with the configuration.
+  """
+  validate(config, tasks.names)
+  tasks.get(config.task)
+  sims.resolve(config.sim.name)
+  for phase in ("imitation", "preference"):
+    if (name := config[phase].loss) not in losses.names():
+      raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names())}')
+  check_folder(pathlib.Path(workdir))
+
+
+def check_folder(workdir: pathlib.Path) -> None:
+  """Makes the run folder and tries to write into it; leaves nothing behind."""
+  if workdir.exists() and not workdir.is_dir():
+    raise ConfigError(f"--workdir={workdir} is a file: name a folder, which may be a new one")
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=workdir).close()
+  except OSError as error:
+    raise ConfigError(f"--workdir={workdir} cannot be written ({error.strerror or error}): choose a folder on a disk "
+                      f"with space where you may write, with --workdir=DIR") from error

@@ -1,0 +1,172 @@
+"""Interaction: StA-PPO in the simulator (METHOD: Interaction)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from stare_jax import policies, stages, train
+from stare_jax.episode import StagedEpisode
+from stare_jax.losses import ops, ppo
+from stare_jax.pipeline_run import Run, advance_until, optimizer, starting_params, step
+from stare_jax.rollout import Start
+
+
+def interaction(run: Run) -> Any:
+  """StA-PPO in the simulator (METHOD: Interaction). Every iteration starts from fresh episodes.
+
+  So an iteration is a function of the state and its number, and a resumed run needs no simulator snapshot.
+  """
+  c, n = run.config.interaction, run.config.sim.num_envs
+  params = starting_params(run, "interaction")
+  reference = reference_log_prob(run.policy, params, c) if c.hp.kl_weight else None
+  tx = optimizer(c, c.iterations)
+  loss_fn = ppo_loss(run.policy, c.temperature, **c.hp)
+  update = train.make_update(loss_fn, tx, mesh=run.mesh, param_axes=run.param_axes, micro_batches=c.micro_batches)
+  state = train.new_state(params, tx, mesh=run.mesh, param_axes=run.param_axes)
+  first = run.seeds("interaction", 1)[0]
+
+  def advance(state, i):
+    began = time.monotonic()
+    collector = run.collector(run.actor(state.params, "interaction", c.temperature))
+    start_of = lambda env, j: Start(first + (i * n + env) * c.steps + j)
+    rows = [stages.annotate(run.task, row, offset=c.offset) for row in collector.rows(start_of, c.steps)]
+    collected = time.monotonic()
+    data = advantages(rows, c)
+    data["obs"] = run.obs(np.concatenate([item.episode.images for row in rows for item in row]))
+    if reference is not None:
+      data["ref_log_prob"] = reference(data["obs"], data["tokens"])
+    state, metrics = learn(run, update, state, data, i)
+    metrics |= rollout_metrics(run, rows, c)
+    now = time.monotonic()
+    return state, metrics | {
+      "env_steps": n * c.steps, "rollout_seconds": collected - began, "update_seconds": now - collected,
+      "steps_per_second": n * c.steps / (now - began),
+    }  # fmt: skip
+
+  state = advance_until(run, "interaction", state, advance, total=c.iterations, every=c.checkpoint_every,
+                        unit="iteration", show=("success", "return_shaped", "kl"))  # fmt: skip
+  return state.params
+
+
+def reference_log_prob(policy: policies.Policy, params: Any, c: Any) -> Callable[[Any, np.ndarray], np.ndarray]:
+  """(obs, tokens int32[N, A]) -> float32[N, A] under the policy that the phase started from, a batch at a time."""
+
+  @jax.jit
+  def log_prob(params, obs, tokens):
+    return ops.token_log_prob(policy.apply(params, obs, tokens).logits, tokens, c.temperature)
+
+  def every(obs: Any, tokens: np.ndarray) -> np.ndarray:
+    parts = [slice(at, at + c.batch) for at in range(0, len(tokens), c.batch)]
+    one = lambda p: np.asarray(log_prob(params, jax.tree.map(lambda x: x[p], obs), tokens[p]))
+    return np.concatenate([one(p) for p in parts])
+
+  return every
+
+
+def ppo_loss(policy: policies.Policy, temperature: float, **hp: Any) -> Callable:
+  """The PPO objective on the policy's forward pass."""
+  hp = {name: value for name, value in hp.items() if name not in ("discount", "lam")}
+
+  def loss_fn(params, batch):
+    out = policy.apply(params, batch["obs"], batch["tokens"])
+    log_prob = ops.token_log_prob(out.logits, batch["tokens"], temperature)
+    entropy = ops.entropy(out.logits, temperature).sum(-1)
+    _, metrics = ppo.objective(
+      log_prob, batch["log_prob"], batch["advantage"], out.value, batch["value"], batch["returns"], entropy,
+      batch["valid"], batch.get("ref_log_prob"), **hp,
+    )  # fmt: skip
+    return metrics["loss"], metrics
+
+  return loss_fn
+
+
+def advantages(rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, np.ndarray]:
+  """GAE over rows of episodes -> flat arrays of N * T steps; the advantage is standardised over all of them."""
+  grid = {"reward": [], "value": [], "next_value": [], "terminated": [], "truncated": []}
+  for row in rows:
+    parts = {name: [] for name in grid}
+    for item in row:
+      episode, steps = item.episode, len(item.episode)
+      last = np.arange(steps) == steps - 1
+      reward = np.where(last & episode.terminated, c.success_reward, 0.0).astype(np.float32)
+      if c.shaping:
+        done = np.array(episode.terminated)
+        reward = stages.shaped_reward(reward, item.potential, done, discount=c.hp.discount, terminal=c.terminal)
+      parts["reward"].append(reward)
+      parts["value"].append(episode.value)
+      parts["next_value"].append(np.append(episode.value[1:], np.float32(episode.last_value)))
+      parts["terminated"].append(last & episode.terminated)
+      parts["truncated"].append(last & (not episode.terminated))
+    for name in grid:
+      grid[name].append(np.concatenate(parts[name]))
+  arrays = {name: np.stack(rows_) for name, rows_ in grid.items()}
+  valid = np.ones(arrays["reward"].shape, bool)
+  advantage, returns = ppo.gae(**arrays, valid=valid, discount=c.hp.discount, lam=c.hp.lam)
+  advantage = ops.standardize(advantage, valid)
+  episodes = [item.episode for row in rows for item in row]
+  flat = {name: np.asarray(x).reshape(-1) for name, x in (("advantage", advantage), ("returns", returns))}
+  flat |= {name: np.concatenate([getattr(e, name) for e in episodes]) for name in ("tokens", "log_prob", "value")}
+  return flat | {"valid": valid.reshape(-1)}
+
+
+def learn(run: Run, update: train.Update, state: Any, data: dict[str, Any], i: int) -> tuple[Any, dict[str, float]]:
+  """The epochs of one iteration: critic alone at first, early stop and step size by the KL to the rollout's policy."""
+  c, total = run.config.interaction, len(data["tokens"])
+  state = train.set_learning_rate_scale(state, policy_scale=0.0 if i < c.critic_warmup else 1.0)
+  logged: list[dict[str, float]] = []
+  for epoch in range(c.epochs):
+    order = np.random.default_rng([run.config.seed, i, epoch]).permutation(total)
+    here = []
+    for rows in order.reshape(-1, c.batch):
+      state, metrics = step(run, update, state, jax.tree.map(lambda x: x[rows], data))  # noqa: B023 - called at once
+      here.append(metrics)
+    logged += here
+    kl = float(np.mean([m["kl"] for m in here]))
+    if c.target_kl and kl > c.target_kl:
+      break
+  if c.target_kl and i >= c.critic_warmup:
+    scale = train.learning_rate_scale(state)
+    scale *= 1 / 1.5 if kl > 1.5 * c.target_kl else 1.5 if kl < c.target_kl / 1.5 else 1.0
+    state = train.set_learning_rate_scale(state, float(np.clip(scale, 0.1, 10.0)))
+  metrics = {name: float(np.mean([m[name] for m in logged])) for name in logged[0]}
+  metrics["explained_variance"] = float(ppo.explained_variance(metrics))
+  drop = ("return", "return_square", "residual", "residual_square", "value")
+  metrics = {name: value for name, value in metrics.items() if name not in drop}
+  return state, metrics | {"kl": kl, "epochs": len(logged) * c.batch / total}
+
+
+def whole_episodes(rows: Sequence[Sequence[StagedEpisode]], horizon: int) -> list[StagedEpisode]:
+  """The episodes that had a whole horizon before them when they started, or where none had, the first of each row.
+
+  Those that the end of the rollout cuts would count only where they succeed in time, and success would look higher.
+  """
+  kept = []
+  for row in rows:
+    left = sum(len(item.episode) for item in row)
+    for first, item in zip(itertools.chain([True], itertools.repeat(False)), row):
+      if first or left >= horizon:
+        kept.append(item)
+      left -= len(item.episode)
+  return kept
+
+
+def rollout_metrics(run: Run, rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, float]:
+  """Success, conditional stage completion and returns, per episode of `whole_episodes`."""
+  ended = whole_episodes(rows, run.config.sim.horizon)
+  completed = np.stack([item.completed for item in ended])
+  before = np.concatenate([np.ones_like(completed[:, :1]), completed[:, :-1]], axis=1)
+  rates = (completed & before).sum(0) / np.maximum(before.sum(0), 1)
+  gain = [c.hp.discount ** len(item.episode) * item.potential[-1] * (not item.episode.terminated) - item.potential[0]
+          for item in ended]  # fmt: skip
+  raw = [c.success_reward * c.hp.discount ** (len(item.episode) - 1) * item.episode.terminated for item in ended]
+  return {
+    "episodes": float(len(ended)), "success": float(completed[:, -1].mean()), "return_raw": float(np.mean(raw)),
+    "return_shaped": float(np.mean(np.add(raw, gain))), "length": float(np.mean([len(x.episode) for x in ended])),
+    **{f"stage_{k + 1}": float(rate) for k, rate in enumerate(rates)},
+  }  # fmt: skip

@@ -1,0 +1,288 @@
+"""What the phases share: the run and its folders, the loop that checkpoints and resumes, and growing data sets."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from stare_jax import batching, checkpoint, dataset, policies, report, sharding, sims, tasks, train
+from stare_jax.config import PHASES, ConfigError
+from stare_jax.episode import Episode
+from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
+
+log = logging.getLogger("stare_jax")
+IDENTITY_SKIPS = ("phases", "preset", "evaluation.", "report.", "checkpoint.", "sim.timeout", "interaction.iterations")
+CHUNK = 64  # episodes per file of a growing data set: what a kill during collection can cost
+
+
+class Run:
+  """What the phases of one run share: configuration, folders, policy, simulator, metrics.
+
+  The simulator starts when it is first needed and the policy exists once its action statistics do.
+  """
+
+  def __init__(self, config: Any, workdir: str | os.PathLike, *, stop: Callable[[], bool] = lambda: False):
+    self.config, self.stop = config, stop
+    self.workdir = pathlib.Path(workdir)
+    self.task = tasks.get(config.task)
+    self.mesh = sharding.make_mesh(dict(config.mesh))
+    self.key = jax.random.key(config.seed)
+    self._check_shards()
+    unit = np.ones(7, np.float32)  # a mistake in the policy's options is answered before any work is done
+    self._make_policy(policies.ActionStats(-unit, unit, unit > 0))
+    self.policy: policies.Policy | None = None
+    self.logger: report.MetricsLogger | None = None
+    self._sim: Any = None
+    self.results: dict[str, dict] = {}
+    self.earlier_events: list[str] = []
+    self.env_steps: dict[str, int] = {}
+    self.seconds: dict[str, float] = {}
+
+  @property
+  def sim(self) -> Any:
+    if self._sim is None:
+      c = self.config.sim
+      self._sim = sims.make(
+        c.name, task=self.task, num_envs=c.num_envs, num_workers=c.num_workers, image_size=c.image_size,
+        timeout=c.timeout,
+      )  # fmt: skip
+    return self._sim
+
+  @property
+  def events(self) -> list[str]:
+    """What happened to the simulator's workers, launches before this one included; the pool logs it as it happens."""
+    return self.earlier_events + list(self._sim.events if self._sim is not None else ())
+
+  def close(self) -> None:
+    if self._sim is not None:
+      self._sim.close()
+    if self.logger is not None:
+      self.logger.close()
+
+  def check(self) -> None:
+    """Called in every loop; leaves it when the process was asked to end."""
+    if self.stop():
+      raise Stop
+
+  def _check_shards(self) -> None:
+    """Every device gets the same share of every batch."""
+    c, shards = self.config, sharding.batch_shards(self.mesh)
+    fields = {
+      "imitation.batch": c.imitation.micro_batches, "preference.batch": 1, "preference.micro_batch": 1,
+      "interaction.batch": c.interaction.micro_batches,
+    }  # fmt: skip
+    for field, parts in fields.items():
+      section, key = field.split(".")
+      if section in c.phases and c[section][key] % (parts * shards):
+        raise ConfigError(f"{field} = {c[section][key]} does not divide over {shards} devices (mesh.data x mesh.fsdp) "
+                          f"x {parts} micro-batches: choose a multiple of {parts * shards}, or another --config.mesh")
+
+  def _make_policy(self, stats: policies.ActionStats) -> policies.Policy:
+    c = self.config.policy
+    options = c.options.to_dict()  # a ConfigDict is no Mapping
+    return policies.make(c.name, size=c.size, stats=stats, image_size=self.config.sim.image_size, **options)
+
+  def use_statistics(self, stats: policies.ActionStats) -> None:
+    self.stats = stats
+    self.policy = self._make_policy(stats)
+    self.act = compile_act(self.policy)
+    self.param_axes = self.policy.param_axes if self.mesh.size > 1 else None
+
+  def obs(self, images: np.ndarray) -> policies.Obs:
+    """What the policy sees of images uint8[N, H, W, 3] under the task's instruction."""
+    return self.policy.encode(images, [self.task.instruction] * len(images))
+
+  def identity(self, phase: str) -> dict[str, Any]:
+    """The flat fields that decide a phase's parameters: a checkpoint of other ones is refused.
+
+    Not among them: how a run shows itself, evaluation, later phases, and how long Interaction goes on, so that a
+    finished run may be evaluated otherwise, changed from a later phase on, or trained for longer.
+    """
+    later = PHASES[PHASES.index(phase) + 1 :]
+    skipped = (*IDENTITY_SKIPS, *(f"{name}." for name in later))
+    return {k: v for k, v in checkpoint.flatten_config(self.config).items() if not k.startswith(skipped)}
+
+  def seeds(self, purpose: str, count: int) -> range:
+    """`count` environment seeds for a purpose; never those of the evaluation, which lie below 2^24."""
+    state = np.random.SeedSequence([self.config.seed, *purpose.encode()]).generate_state(1)[0]
+    first = 2**24 + int(state) % 2**30
+    return range(first, first + count)
+
+  def collector(self, actor: Any, *, progress: report.Progress | None = None, **options: Any) -> Collector:
+    def show(steps: int, episode: Episode | None) -> None:
+      if progress is not None and episode is not None:
+        successes.append(bool(episode.success[1:].any()))
+        progress.update(1, success=float(np.mean(successes)))
+
+    successes: list[bool] = []
+    c = self.config.sim
+    return Collector(
+      self.sim, self.task, actor, horizon=c.horizon, groups=c.groups, check=self.check, progress=show, **options
+    )  # fmt: skip
+
+  def actor(self, params: Any, purpose: str, temperature: float) -> PolicyActor:
+    key = jax.random.fold_in(self.key, int.from_bytes(purpose.encode()[:4], "little"))
+    return PolicyActor(self.act, self.policy, params, key, temperature, self.task.instruction)
+
+
+# --- the shared loop --------------------------------------------------------------------------------------------
+
+
+def checkpoint_dir(run: Run, phase: str) -> pathlib.Path:
+  return run.workdir / "checkpoints" / phase
+
+
+def advance_until(
+  run: Run,
+  phase: str,
+  state: train.TrainState,
+  advance: Callable[[train.TrainState, int], tuple[train.TrainState, dict[str, float]]],
+  *,
+  total: int,
+  every: int,
+  unit: str,
+  show: Sequence[str],
+) -> train.TrainState:
+  """Run `advance(state, i)` for i up to `total` from the last checkpoint, saving every `every` and at the end.
+
+  `advance` returns metrics of floats; "env_steps", if there, is how many simulator steps it took.
+  """
+  folder, fields = checkpoint_dir(run, phase), run.identity(phase)
+  start, meta = 0, {}
+  if checkpoint.latest(folder) is not None:
+    state, meta = checkpoint.restore(folder, state, config=fields)
+    start = meta["iteration"]
+  env_steps, spent = meta.get("env_steps", 0), meta.get("seconds", 0.0)
+  if start >= total:  # nothing to do; a logger would remove the rows of the phases after this one
+    log.info("%s: finished, all %d %ss", phase, start, unit)
+    run.env_steps[phase], run.seconds[phase] = env_steps, spent
+    return state
+  if start:
+    log.info("%s: resuming after %d of %d %ss", phase, start, total, unit)
+  run.logger = report.MetricsLogger(run.workdir, resume=(phase, start))
+  began = time.monotonic()
+
+  def save(i: int) -> None:
+    run.logger.flush()
+    seconds = spent + time.monotonic() - began
+    stats = {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()}
+    meta = dict(phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats)
+    checkpoint.save(folder, i, state, meta, config=fields, keep=run.config.checkpoint.keep)
+
+  saved = start
+  with report.Progress(phase, total, initial=start, unit=unit) as bar:
+    for i in range(start, total):
+      try:
+        run.check()
+        state, metrics = advance(state, i)
+      except Stop:
+        if i > saved:
+          save(i)
+        raise
+      env_steps += int(metrics.pop("env_steps", 0))
+      run.logger.log(phase, i + 1, metrics, env_steps=env_steps)
+      bar.update(1, **{name: metrics[name] for name in show if name in metrics})
+      if (i + 1) % every == 0 or i + 1 == total:
+        save(i + 1)
+        saved = i + 1
+  run.env_steps[phase], run.seconds[phase] = env_steps, spent + time.monotonic() - began
+  run.logger.close()
+  return state
+
+
+# --- episodes ---------------------------------------------------------------------------------------------------
+
+
+def gather(
+  run: Run, name: str, starts: Sequence[Start], make_actor: Callable[[], Any], fields: Mapping[str, Any]
+) -> list[Episode]:
+  """The episodes of `starts`, from data/<name>/ where they are there already; written chunk by chunk as they come."""
+  folder, episodes = run.workdir / "data" / name, []
+  chunks = [starts[i : i + CHUNK] for i in range(0, len(starts), CHUNK)]
+  digest = checkpoint.config_digest(fields)
+  began = time.monotonic()
+  with report.Progress(f"{name} rollouts", len(starts), unit="episode") as bar:
+    collector = None
+    for i, chunk in enumerate(chunks):
+      path = folder / f"{i:05d}.episodes"
+      if path.exists():
+        found, meta = dataset.open(path)
+        if meta.get("digest") != digest:
+          lines = checkpoint.config_differences(meta.get("fields", {}), fields)
+          raise dataset.DatasetError(
+            f"{path} was collected with another configuration:\n  " + "\n  ".join(lines[:12]) + "\n"
+            "Run with that configuration, or start this one with another --workdir; nothing was changed"
+          )
+        bar.update(len(found))
+      else:
+        collector = collector or run.collector(make_actor(), progress=bar)
+        found = collector.episodes(chunk)
+        dataset.write(path, found, {"digest": digest, "fields": checkpoint.flatten_config(fields)})
+      episodes += found
+  run.seconds[f"{name} rollouts"] = time.monotonic() - began
+  return episodes
+
+
+def starting_params(run: Run, phase: str) -> Any:
+  """Parameters that a phase starts from: the last checkpoint of the phase before, or of `init_from`."""
+  earlier = [p for p in PHASES[: PHASES.index(phase)] if checkpoint.latest(checkpoint_dir(run, p)) is not None]
+  if phase == "imitation" and not run.config.init_from:
+    return run.policy.init(jax.random.fold_in(run.key, 0))
+  if earlier:
+    folder = checkpoint_dir(run, earlier[-1])
+    done, total = checkpoint.read_meta(folder)["iteration"], run.config[earlier[-1]].updates
+    if done < total:
+      raise ConfigError(f"{phase} would start from {earlier[-1]} at {done} of {total} updates: finish that phase first "
+                        f"(name it in --config.phases), or start a new --workdir with --config.init_from={folder}")
+  elif run.config.init_from:
+    folder = pathlib.Path(run.config.init_from)
+  else:
+    raise ConfigError(f"{phase} has nothing to start from: {run.workdir} holds no checkpoint of an earlier phase. Run "
+                      f'imitation first, or name a checkpoint folder with --config.init_from=RUN/checkpoints/imitation')
+  if phase != "imitation":  # which has its own from the demonstrations
+    run.use_statistics(read_statistics(folder))
+  abstract = {"params": jax.eval_shape(run.policy.init, run.key)}
+  return checkpoint.restore(folder, abstract, partial=True)[0]["params"]
+
+
+def read_statistics(folder: pathlib.Path) -> policies.ActionStats:
+  """The action statistics that a checkpoint of a phase carries."""
+  meta = checkpoint.read_meta(folder)
+  if "action_stats" not in meta:
+    raise checkpoint.CheckpointError(f"checkpoint {folder} carries no action statistics, so it is not a phase's: name "
+                                     f"a folder such as runs/x/checkpoints/imitation")
+  kinds = {"q01": np.float32, "q99": np.float32, "mask": bool}
+  return policies.ActionStats(**{name: np.array(meta["action_stats"][name], kind) for name, kind in kinds.items()})
+
+
+def optimizer(c: Any, total: int) -> optax.GradientTransformation:
+  return train.make_optimizer(total_steps=total, **c.optimiser)
+
+
+def step(
+  run: Run, update: train.Update, state: train.TrainState, batch: Any
+) -> tuple[train.TrainState, dict[str, float]]:
+  """One update from a host batch: down through the one door, and the metrics up through the other."""
+  state, metrics = update(state, sharding.put(batch, run.mesh))
+  return state, train.fetch(metrics, state.params)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
+  return batching.epoch_batches(n, size, seed=seed, epoch=epoch)
+
+
+def minibatch(n: int, size: int, i: int, seed: int) -> np.ndarray:
+  """The rows of the i-th batch of an endless shuffled stream over n items: a function of its arguments alone."""
+  size = min(size, n)
+  epoch, index = divmod(i, n // size)
+  return _epoch(n, size, seed, epoch)[index]

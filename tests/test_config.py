@@ -1,0 +1,76 @@
+"""The configuration: presets by argument, and the checks that cross fields."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import ipi
+from stare_jax import tasks
+from stare_jax.config import ConfigError, parse_arg, suggest, validate
+from tests import toy_run
+
+
+def checked(**changes):
+  config = toy_run.get_config()
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  validate(config, tasks.names)
+  return config
+
+
+def test_preset_and_keys_in_any_number():
+  presets = {"default": {}, "smoke": {}}
+  assert parse_arg("", presets, task="a", seed=0) == ("default", {"task": "a", "seed": 0})
+  assert parse_arg("smoke,task=b,seed=3", presets, task="a", seed=0) == ("smoke", {"task": "b", "seed": 3})
+  assert parse_arg("seed=3", presets, task="a", seed=0) == ("default", {"task": "a", "seed": 3})
+
+
+@pytest.mark.parametrize("arg, words", [
+  ("smok", ('"smok"', 'did you mean "smoke"', "default")),
+  ("smoke,sed=3", ('"sed"', 'did you mean "seed"', "--config.sed")),
+  ("smoke,seed=x", ('seed="x"', "expected int")),
+  ("seed=3,smoke", ('"smoke"',)),
+])  # fmt: skip
+def test_a_wrong_argument_names_the_nearest(arg, words):
+  with pytest.raises(ConfigError) as caught:
+    parse_arg(arg, {"default": {}, "smoke": {}}, task="a", seed=0)
+  assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_suggest_lists_what_is_known():
+  assert suggest("pul_cube", ("push_cube", "pull_cube")) == 'did you mean "pull_cube"? Known: push_cube, pull_cube.'
+  assert suggest("zzz", ("push_cube",)) == "Known: push_cube."
+
+
+@pytest.mark.parametrize("preset", ipi.PRESETS)
+@pytest.mark.parametrize("task", tasks.names())
+def test_every_preset_is_valid_for_every_task(preset, task):
+  validate(ipi.get_config(f"{preset},task={task}"), tasks.names)
+
+
+def test_a_config_is_locked():
+  with pytest.raises((AttributeError, KeyError), match="demonstrations"):
+    ipi.get_config("smoke").imitation.demonstration = 3
+
+
+@pytest.mark.parametrize("changes, words", [
+  (dict(task="pul_cube"), ("pul_cube", '"pull_cube"', "stack_cube")),
+  (dict(phases=("imitation", "preferences")), ("preferences", '"preference"')),
+  (dict(phases=("preference", "imitation")), ("ordered",)),
+  (dict(phases=()), ("phases", "imitation")),
+  (dict(sim__num_envs=5), ("sim.num_envs = 5", "sim.groups = 2", "--config.sim.num_envs=")),
+  (dict(sim__num_workers=9), ("sim.num_workers = 9", "4")),
+  (dict(imitation__micro_batches=3), ("imitation.batch = 8", "imitation.micro_batches = 3")),
+  (dict(interaction__batch=16), ("interaction.batch = 16", "40 steps")),
+  (dict(imitation__optimiser__warmup_steps=6), ("imitation.optimiser.warmup_steps = 6", "6")),
+  (dict(sim__image_size=20), ("sim.image_size = 20", "patch_size = 8")),
+  (dict(imitation__demonstrations=0), ("imitation.demonstrations = 0",)),
+  (dict(preference__samples=1), ("preference.samples = 1", "at least 2")),
+  (dict(preference__buckets=(8,)), ("preference.buckets", "12")),
+  (dict(preference__temperature=0.0), ("preference.temperature = 0.0",)),
+  (dict(interaction__hp__discount=1.5), ("interaction.hp.discount = 1.5", "0 to 1")),
+])  # fmt: skip
+def test_a_configuration_that_cannot_run_says_what_to_write(changes, words):
+  checked()
+  with pytest.raises(ConfigError) as caught:
+    checked(**changes)
+  assert all(word in str(caught.value) for word in words), caught.value

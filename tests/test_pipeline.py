@@ -1,0 +1,148 @@
+"""What the phases compute on the host: minibatch streams, advantages, and the rates of a rollout, against plain loops."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import ml_collections
+import numpy as np
+import pytest
+
+from stare_jax import tasks
+from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
+from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
+from stare_jax.pipeline_run import minibatch
+
+HORIZON = 6
+
+
+def test_minibatches_cover_every_item_each_epoch():
+  n, size = 23, 5  # 4 batches an epoch, 3 items left out, others each time
+  batches = [minibatch(n, size, i, seed=1) for i in range(40)]
+  assert all(len(batch) == size for batch in batches)
+  for epoch in range(10):
+    seen = np.concatenate(batches[4 * epoch : 4 * epoch + 4])
+    assert len(set(seen.tolist())) == 20 and seen.min() >= 0 and seen.max() < n
+  assert set(np.concatenate(batches).tolist()) == set(range(n))
+
+
+def test_a_minibatch_depends_on_its_number_alone():
+  """What a resumed run asks for first is what the uninterrupted one had there."""
+  forward = [minibatch(40, 8, i, seed=2) for i in range(25)]
+  for i in reversed(range(25)):
+    np.testing.assert_array_equal(minibatch(40, 8, i, seed=2), forward[i])
+  assert any((minibatch(40, 8, i, seed=3) != forward[i]).any() for i in range(3))
+
+
+def test_a_batch_larger_than_the_data_takes_all_of_it():
+  assert sorted(minibatch(3, 8, 0, seed=0).tolist()) == [0, 1, 2]
+
+
+def staged(rng: np.random.Generator, length: int, terminated: bool, stages: int = 2) -> StagedEpisode:
+  value = rng.standard_normal(length).astype(np.float32)
+  reached = stages if terminated else int(rng.integers(0, stages))
+  episode = Episode(
+    task="pull_cube", seed=0, instruction="pull", images=np.zeros((length, 4, 4, 3), np.uint8),
+    signals=np.zeros((length + 1, SIGNAL_SIZE), np.float32), actions=np.zeros((length, 7), np.float32),
+    tokens=rng.integers(0, 256, (length, 7)).astype(np.int32),
+    log_prob=rng.standard_normal((length, 7)).astype(np.float32), value=value,
+    last_value=0.0 if terminated else float(rng.standard_normal()), terminated=terminated,
+  )  # fmt: skip
+  completed_at = np.where(np.arange(stages) < reached, length, -1).astype(np.int32)
+  potential = rng.random(length + 1).astype(np.float32) + reached
+  return StagedEpisode(episode, np.zeros(length, np.int32), completed_at, np.zeros(stages, np.float32), potential)
+
+
+def rollout(rng: np.random.Generator) -> list[list[StagedEpisode]]:
+  """Two rows of ten steps: ended by success, by the horizon, and by the end of the rollout."""
+  return [
+    [staged(rng, 4, True), staged(rng, HORIZON, False)],
+    [staged(rng, HORIZON, False), staged(rng, 1, True), staged(rng, 3, False)],
+  ]
+
+
+def settings(**changes) -> ml_collections.ConfigDict:
+  c = dict(shaping=True, terminal="zero", success_reward=3.0, hp=dict(discount=0.9, lam=0.8))
+  return ml_collections.ConfigDict(c | changes)
+
+
+def by_loop(rows, c) -> tuple[np.ndarray, np.ndarray]:
+  """Eq. Shape and GAE, one step at a time, in double precision."""
+  advantage, returns = [], []
+  for row in rows:
+    for item in row:
+      e, phi, n = item.episode, item.potential.astype(float), len(item.episode)
+      later, out = 0.0, np.zeros(n)
+      for t in reversed(range(n)):
+        end = e.terminated and t == n - 1
+        reward = c.success_reward if end else 0.0
+        if c.shaping:
+          after = 0.0 if end and c.terminal == "zero" else phi[t + 1]
+          reward += c.hp.discount * after - phi[t]
+        following = 0.0 if end else (e.value[t + 1] if t + 1 < n else e.last_value)
+        later = reward + c.hp.discount * following - e.value[t] + c.hp.discount * c.hp.lam * later
+        out[t] = later
+      advantage.append(out)
+      returns.append(out + e.value)
+  advantage = np.concatenate(advantage)
+  return (advantage - advantage.mean()) / advantage.std(), np.concatenate(returns)
+
+
+@pytest.mark.parametrize("shaping, terminal", [(True, "zero"), (True, "keep"), (False, "zero")])
+def test_advantages_equal_a_loop_over_episodes(rng, shaping, terminal):
+  rows, c = rollout(rng), settings(shaping=shaping, terminal=terminal)
+  data = advantages(rows, c)
+  advantage, returns = by_loop(rows, c)
+  np.testing.assert_allclose(data["advantage"], advantage, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(data["returns"], returns, rtol=1e-4, atol=1e-5)
+  assert data["valid"].all()
+  for name in ("tokens", "log_prob", "value"):  # in the order of the advantages
+    np.testing.assert_array_equal(data[name], np.concatenate([getattr(i.episode, name) for r in rows for i in r]))
+
+
+def test_an_episode_does_not_reach_into_the_one_before(rng):
+  """Returns, not advantages: those are standardised over all steps."""
+  rows, c = rollout(rng), settings()
+  before = advantages(rows, c)["returns"]
+  rows[0][1] = staged(rng, HORIZON, False)
+  after = advantages(rows, c)["returns"]
+  np.testing.assert_array_equal(before[:4], after[:4])
+  assert (before[4:10] != after[4:10]).all()
+  np.testing.assert_array_equal(before[10:], after[10:])
+
+
+def test_rates_count_only_episodes_that_had_the_time(rng):
+  """A success in the last steps counts only if a failure there would have, or the rate is too high."""
+  rows = rollout(rng)
+  whole = whole_episodes(rows, HORIZON)
+  assert [id(x) for x in whole] == [id(rows[0][0]), id(rows[0][1]), id(rows[1][0])]
+  assert [id(x) for x in whole_episodes(rows, 50)] == [id(rows[0][0]), id(rows[1][0])]
+
+
+def test_rollout_metrics_equal_a_loop(rng):
+  rows, c = rollout(rng), settings()
+  found = rollout_metrics(SimpleNamespace(config=SimpleNamespace(sim=SimpleNamespace(horizon=HORIZON))), rows, c)
+  items = [rows[0][0], rows[0][1], rows[1][0]]
+  reached = list(items)
+  for k in range(2):
+    done = [item for item in reached if item.completed[k]]
+    assert found[f"stage_{k + 1}"] == pytest.approx(len(done) / max(len(reached), 1))
+    reached = done
+  assert found["episodes"] == 3 and found["success"] == pytest.approx(1 / 3)
+  assert found["length"] == pytest.approx((4 + HORIZON + HORIZON) / 3)
+  raw, shaped = [], []
+  for item in items:
+    n, end, total = len(item.episode), item.episode.terminated, 0.0
+    raw.append(3.0 * 0.9 ** (n - 1) * end)
+    for t in range(n):
+      last = t == n - 1
+      after = 0.0 if last and end else item.potential[t + 1]
+      total += 0.9**t * ((3.0 if last and end else 0.0) + 0.9 * after - item.potential[t])
+    shaped.append(total)
+  assert found["return_raw"] == pytest.approx(np.mean(raw))
+  assert found["return_shaped"] == pytest.approx(np.mean(shaped), rel=1e-5)
+
+
+def test_tasks_of_the_presets_have_stages():
+  for name in tasks.names():
+    assert tasks.get(name).stages
