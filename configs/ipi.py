@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     name="maniskill", num_envs=16, num_workers=2, groups=2, image_size=64, horizon=50,
     timeout=60.0,  # seconds without an answer until a worker is replaced
   )  # fmt: skip
-  c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12))
+  c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=32))
   c.init_from = ""  # a checkpoint folder of another run, such as runs/x/checkpoints/imitation
 
   # Supervised fine-tuning on scripted demonstrations.
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     optimiser=dict(
       learning_rate=1.5e-3, schedule="cosine", warmup_steps=30, weight_decay=0.01, clip_norm=1.0, betas=(0.9, 0.95),
     ),
-    hp=dict(smoothing_sigma=4.0),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
+    hp=dict(smoothing_sigma=0.7),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
   )  # fmt: skip
 
   # StA-TPO on same-start pairs of the policy's own rollouts.

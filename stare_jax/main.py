@@ -9,6 +9,7 @@ what to do.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import logging
@@ -82,7 +83,10 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    fail(unknown_field(argv) or f"{error}\nFor the flags: python -m stare_jax.main --help")
+    # ml_collections puts the whole traceback of a config file into its message; what was raised is the last line.
+    text = str(error).strip()
+    text = text.splitlines()[-1] if "Traceback" in text else text
+    fail(unknown_field(argv) or f"{text}\nFor the flags: python -m stare_jax.main --help")
 
 
 def unknown_field(argv: list[str]) -> str:
@@ -95,8 +99,10 @@ def unknown_field(argv: list[str]) -> str:
       if hasattr(value, "items"):
         walk(f"{prefix}{key}.", value)
 
-  if (config := flags.FLAGS["config"].value) is not None:  # read before the rest of the line was
-    walk("", config)
+  path = next((item.partition("=")[2] for item in argv if item.lstrip("-").startswith("config=")), "")
+  if path:
+    with contextlib.suppress(Exception):  # a file that cannot be read is another mistake than the one looked for
+      walk("", flags.FLAGS["config"].parser.parse(path))
   for item in argv if known else ():
     field = item.lstrip("-").partition("=")[0].removeprefix("config.")
     if item.lstrip("-").startswith("config.") and field.partition("[")[0] not in known:

@@ -36,9 +36,10 @@ from stare_jax.pipeline_run import (
   minibatch,
   optimizer,
   read_statistics,
+  starting_folder,
   starting_params,
   step,
-)  # fmt: skip
+)
 from stare_jax.rollout import ExpertActor, Start, Stop
 
 __all__ = ["USER_ERRORS", "Stop", "run"]
@@ -222,6 +223,7 @@ def open_folder(run: Run) -> None:
   for phase in PHASES[: last + 1]:
     if checkpoint.latest(folder := checkpoint_dir(run, phase)) is not None:
       checkpoint.check_config(folder, run.identity(phase))
+  starting_folder(run, run.config.phases[0])
   if run.config.init_from:
     read_statistics(pathlib.Path(run.config.init_from))
   summary = run.workdir / "summary.json"

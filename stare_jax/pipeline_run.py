@@ -141,6 +141,18 @@ def checkpoint_dir(run: Run, phase: str) -> pathlib.Path:
   return run.workdir / "checkpoints" / phase
 
 
+def restore(run: Run, phase: str, state: train.TrainState, origin: str) -> tuple[train.TrainState, dict[str, Any]]:
+  """(state, meta) of the phase's last checkpoint, or as they are at the start; `origin` is the phase it starts from."""
+  if checkpoint.latest(checkpoint_dir(run, phase)) is None:
+    return state, {}
+  state, meta = checkpoint.restore(checkpoint_dir(run, phase), state, config=run.identity(phase))
+  if meta.get("starts_from", origin) != origin:
+    came = meta["starts_from"] or "fresh parameters"
+    raise ConfigError(f"{phase} in {run.workdir} started from {came}, and this run would start it from {origin}: "
+                      f"continue with the phases of then, or choose another --workdir")
+  return state, meta
+
+
 def advance_until(
   run: Run,
   phase: str,
@@ -156,12 +168,9 @@ def advance_until(
 
   `advance` returns metrics of floats; "env_steps", if there, is how many simulator steps it took.
   """
-  folder, fields = checkpoint_dir(run, phase), run.identity(phase)
-  start, meta = 0, {}
-  if checkpoint.latest(folder) is not None:
-    state, meta = checkpoint.restore(folder, state, config=fields)
-    start = meta["iteration"]
-  env_steps, spent = meta.get("env_steps", 0), meta.get("seconds", 0.0)
+  folder, fields, origin = checkpoint_dir(run, phase), run.identity(phase), predecessor(run, phase)
+  state, meta = restore(run, phase, state, origin)
+  start, env_steps, spent = meta.get("iteration", 0), meta.get("env_steps", 0), meta.get("seconds", 0.0)
   if start >= total:  # nothing to do; a logger would remove the rows of the phases after this one
     log.info("%s: finished, all %d %ss", phase, start, unit)
     run.env_steps[phase], run.seconds[phase] = env_steps, spent
@@ -175,7 +184,9 @@ def advance_until(
     run.logger.flush()
     seconds = spent + time.monotonic() - began
     stats = {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()}
-    meta = dict(phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats)
+    meta = dict(
+      phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats, starts_from=origin
+    )  # fmt: skip
     checkpoint.save(folder, i, state, meta, config=fields, keep=run.config.checkpoint.keep)
 
   saved = start
@@ -232,22 +243,38 @@ def gather(
   return episodes
 
 
-def starting_params(run: Run, phase: str) -> Any:
-  """Parameters that a phase starts from: the last checkpoint of the phase before, or of `init_from`."""
+def predecessor(run: Run, phase: str) -> str:
+  """The last phase before this one that has checkpoints in the run folder; empty if none has."""
   earlier = [p for p in PHASES[: PHASES.index(phase)] if checkpoint.latest(checkpoint_dir(run, p)) is not None]
+  return earlier[-1] if earlier else ""
+
+
+def starting_folder(run: Run, phase: str) -> pathlib.Path | None:
+  """The checkpoints that a phase starts from: of the phase before, or `init_from`; None for fresh parameters.
+
+  Raises: ConfigError if there are none and the phase cannot do without.
+  """
   if phase == "imitation" and not run.config.init_from:
-    return run.policy.init(jax.random.fold_in(run.key, 0))
-  if earlier:
-    folder = checkpoint_dir(run, earlier[-1])
-    done, total = checkpoint.read_meta(folder)["iteration"], run.config[earlier[-1]].updates
+    return None
+  if earlier := predecessor(run, phase):
+    folder = checkpoint_dir(run, earlier)
+    done, total = checkpoint.read_meta(folder)["iteration"], run.config[earlier].updates
     if done < total:
-      raise ConfigError(f"{phase} would start from {earlier[-1]} at {done} of {total} updates: finish that phase first "
+      raise ConfigError(f"{phase} would start from {earlier} at {done} of {total} updates: finish that phase first "
                         f"(name it in --config.phases), or start a new --workdir with --config.init_from={folder}")
   elif run.config.init_from:
     folder = pathlib.Path(run.config.init_from)
   else:
     raise ConfigError(f"{phase} has nothing to start from: {run.workdir} holds no checkpoint of an earlier phase. Run "
                       f'imitation first, or name a checkpoint folder with --config.init_from=RUN/checkpoints/imitation')
+  return folder
+
+
+def starting_params(run: Run, phase: str) -> Any:
+  """Parameters that a phase starts from; with them come the action statistics, except for imitation."""
+  folder = starting_folder(run, phase)
+  if folder is None:
+    return run.policy.init(jax.random.fold_in(run.key, 0))
   if phase != "imitation":  # which has its own from the demonstrations
     run.use_statistics(read_statistics(folder))
   abstract = {"params": jax.eval_shape(run.policy.init, run.key)}
@@ -272,7 +299,10 @@ def step(
   run: Run, update: train.Update, state: train.TrainState, batch: Any
 ) -> tuple[train.TrainState, dict[str, float]]:
   """One update from a host batch: down through the one door, and the metrics up through the other."""
+  traced = update.traces
   state, metrics = update(state, sharding.put(batch, run.mesh))
+  if 0 < traced < update.traces:
+    log.info("an update was compiled again (%d times so far): a batch of another shape", update.traces)
   return state, train.fetch(metrics, state.params)
 
 

@@ -86,6 +86,24 @@ def user_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def toy_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """For launches of tests/toy_run.py: the user's environment, with compiled programs shared between launches."""
+  from tests import toy_run
+  cache = os.environ.get("STARE_JAX_TEST_CACHE") or tmp_path_factory.mktemp("compiled")
+  return toy_run.environment({**USER_ENVIRONMENT, "PYTHONPATH": str(ROOT)}, pathlib.Path(cache))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, toy_environment: dict[str, str]) -> pathlib.Path:
+  """The run folder of all three phases on the toy simulator, never to be changed: copy it."""
+  from tests import toy_run
+  workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+  done = toy_run.launch(workdir, toy_environment)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return workdir
+
+
+@pytest.fixture(scope="session")
 def root() -> pathlib.Path:
   """The checkout."""
   return ROOT

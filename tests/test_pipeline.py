@@ -1,4 +1,4 @@
-"""What the phases compute on the host: minibatch streams, advantages, and the rates of a rollout, against plain loops."""
+"""What the phases compute on the host: minibatches, advantages and the rates of a rollout, against plain loops."""
 
 from __future__ import annotations
 

@@ -337,7 +337,7 @@ def test_every_parameter_has_a_sharding_rule(size):
     assert words is not None, f"{name} {leaf.shape} has no rule"
     assert len(words) == len(leaf.shape) - ("/layers/" in name), f"{name} {leaf.shape}: {words}"
     cut += count(leaf) if any(words) else 0
-  assert cut > 0.99 * count(params)
+  assert cut > 0.95 * count(params)
 
 
 def test_tiny_is_small_and_starts_calm():
@@ -346,7 +346,7 @@ def test_tiny_is_small_and_starts_calm():
   out = apply(params, some_obs(policy), some_tokens())
   assert not np.any(out.value)
   assert np.abs(log_prob(out.logits, some_tokens()) + np.log(256)).max() < 0.7
-  assert 1e6 < count(shapes("tiny")[1]) < 3e6
+  assert 0.5e6 < count(shapes("tiny")[1]) < 3e6
 
 
 @pytest.mark.parametrize("dim", [0, 6])

@@ -17,13 +17,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 SMALL = {
   "sim.name": "toy", "sim.num_envs": 4, "sim.num_workers": 2, "sim.image_size": 16, "sim.horizon": 12,
-  "imitation.demonstrations": 8, "imitation.updates": 6, "imitation.batch": 8, "imitation.checkpoint_every": 2,
-  "imitation.optimiser.warmup_steps": 1,
+  "imitation.demonstrations": 8, "imitation.expert_noise": 0.05, "imitation.updates": 6, "imitation.batch": 8,
+  "imitation.checkpoint_every": 2, "imitation.optimiser.warmup_steps": 1,
   "preference.starts": 6, "preference.samples": 2, "preference.updates": 4, "preference.checkpoint_every": 2,
   "preference.batch": 2, "preference.micro_batch": 8, "preference.buckets": (12,), "preference.margin": 0.0,
   "preference.optimiser.warmup_steps": 1,
   "interaction.iterations": 4, "interaction.steps": 10, "interaction.epochs": 1, "interaction.batch": 20,
-  "interaction.micro_batches": 1, "interaction.critic_warmup": 1, "interaction.checkpoint_every": 2,
+  "interaction.hp.kl_weight": 0.01, "interaction.micro_batches": 1, "interaction.critic_warmup": 1,
+  "interaction.checkpoint_every": 2,
   "evaluation.episodes": 4, "report.videos": 2,
 }  # fmt: skip
 

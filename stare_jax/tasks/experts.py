@@ -120,7 +120,8 @@ class Controller:
   # ---- what a plan does
 
   def goto(
-    self, where: Where, rotation: np.ndarray | None, grip: float, within: float = 0.008, turn: float = 0.06, steps: int = 60
+    self, where: Where, rotation: np.ndarray | None, grip: float,
+    within: float = 0.008, turn: float = 0.06, steps: int = 60,
   ) -> Iterator[Target]:
     """Until the tool is within metres and radians of the target, or `steps` have passed."""
     look = where if callable(where) else lambda: where

@@ -46,9 +46,9 @@ def _stages(name: str, side: int) -> tuple[Stage, ...]:
       "Reach",
       end=rules.any_of(rules.near(rules.tool, contact_point, REACH), rules.in_contact(), rules.succeeded),
       distance=rules.between(rules.tool, contact_point),
-      scale=0.2,
+      scale=0.1,
     ),
-    Stage(name, end=rules.succeeded, distance=rules.between(rules.thing, rules.goal, axes="xy"), scale=0.2),
+    Stage(name, end=rules.succeeded, distance=rules.between(rules.thing, rules.goal, axes="xy"), scale=0.1),
   )
 
 

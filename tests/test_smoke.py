@@ -1,0 +1,57 @@
+"""The real thing, small: the `smoke` preset on ManiSkill through the front door."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from stare_jax import checkpoint
+
+pytestmark = [pytest.mark.sim, pytest.mark.timeout(1200)]
+PHASES = ("imitation", "preference", "interaction")
+
+
+def smoke(workdir: pathlib.Path, env: dict[str, str], root: pathlib.Path) -> str:
+  command = [sys.executable, "-m", "stare_jax.main", "--config=configs/ipi.py:smoke", f"--workdir={workdir}"]
+  done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout + done.stderr
+
+
+def test_smoke_leaves_a_complete_run_folder(tmp_path, user_environment, root):
+  workdir = tmp_path / "run"
+  said = smoke(workdir, user_environment, root)
+  assert "report.html" in said and "compiled again" not in said  # one program per update, whatever the data
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["task"] == "pull_cube" and summary["preset"] == "smoke" and summary["simulator_events"] == []
+  assert len(summary["params_sha256"]) == 64 and set(summary["phases"]) == set(PHASES)
+  assert json.loads((workdir / "config.json").read_text()) == summary["config"]
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  for phase in PHASES:
+    here = [row for row in rows if row["phase"] == phase]
+    assert [row["step"] for row in here] == list(range(1, len(here) + 1))
+    assert checkpoint.latest(workdir / "checkpoints" / phase) == len(here)
+    assert all(row["loss"] is not None and row["grad_norm"] is not None for row in here)
+    figures = json.loads((workdir / "evaluations" / f"{phase}.json").read_text())
+    for name in ("success_once", "success_at_end"):
+      assert figures[name]["n"] == summary["config"]["evaluation"]["episodes"]
+      assert figures[name]["low"] <= figures[name]["rate"] <= figures[name]["high"]
+    assert [stage["name"] for stage in figures["stages"]] == ["Reach", "Pull"]
+    videos = list((workdir / "videos").glob(f"{phase}_*.mp4"))
+    assert videos and all(path.stat().st_size > 1000 and path.with_suffix(".json").exists() for path in videos)
+  assert summary["env_steps"]["interaction"] == 3 * 8 * 20
+  page = (workdir / "report.html").read_text()
+  assert "<video" in page and summary["params_sha256"][:12] in page
+  assert any((workdir / "tensorboard").rglob("events*")) and list((workdir / "data").rglob("*.episodes"))
+
+
+@pytest.mark.slow
+def test_smoke_twice_gives_the_same_parameters(tmp_path, user_environment, root):
+  for name in ("first", "second"):
+    smoke(tmp_path / name, user_environment, root)
+  first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "second"))
+  assert first["params_sha256"] == second["params_sha256"]
