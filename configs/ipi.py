@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: the remaining devices
 
   c.sim = dict(
-    name="maniskill", num_envs=16, num_workers=2, groups=2, image_size=64, horizon=50,
+    name="maniskill", num_envs=32, num_workers=2, groups=2, image_size=64, horizon=50,
     timeout=60.0,  # seconds without an answer until a worker is replaced
   )  # fmt: skip
   c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=32))
@@ -49,24 +49,25 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   # StA-TPO on same-start pairs of the policy's own rollouts.
   c.preference = dict(
-    loss="stage_tpo", starts=24, samples=4, temperature=1.0, pairs_per_start=4, margin=0.05,
-    updates=60, batch=8, micro_batch=100, buckets=(50,), checkpoint_every=20,
-    optimiser=dict(learning_rate=1e-4, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
+    loss="stage_tpo", starts=48, samples=4, temperature=1.0, pairs_per_start=4, margin=0.05,
+    updates=40, batch=12, micro_batch=100, buckets=(50,), checkpoint_every=20,
+    optimiser=dict(learning_rate=5e-5, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
     hp=dict(beta=1.0, cost_weight=0.5),
   )  # fmt: skip
 
   # StA-PPO in the simulator.
   c.interaction = dict(
-    iterations=60, steps=50, epochs=2, batch=200, micro_batches=1, temperature=1.0, checkpoint_every=5,
-    critic_warmup=3,  # iterations that fit the value head alone
-    target_kl=0.02,  # per iteration, nats per action: more epochs stop, and the learning rate adapts
-    shaping=True, offset=1.0, terminal="zero",
-    success_reward=3.0,  # at least K * offset, so that success is worth more than the potential it ends
+    iterations=120, steps=30, epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
+    critic_warmup=2,  # iterations that fit the value head alone
+    target_kl=0.03,  # per iteration, nats per action: more epochs stop, and the learning rate adapts
+    shaping=True, terminal="zero",
+    offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
+    success_reward=1.5,  # more than the potential that it ends, (K - 1) * offset + sigmoid(0)
     optimiser=dict(
       learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
     ),
     hp=dict(
-      discount=0.98, lam=0.9, clip=0.2, value_clip=None, value_weight=0.5, entropy_weight=0.0, kl_weight=0.0,
+      discount=0.95, lam=0.7, clip=0.2, value_clip=None, value_weight=0.5, entropy_weight=0.0, kl_weight=0.0,
       ratio="action",
     ),
   )  # fmt: skip

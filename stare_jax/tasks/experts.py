@@ -7,7 +7,7 @@ state from the controller when it is resumed. Being feedback controllers, plans 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,20 +55,24 @@ class Controller:
     if np.ndim(signals["success"]) != 0:
       raise ValueError(f"expert: signals have leading shape {np.shape(signals['success'])}; pass one environment's")
     self.now = signals
-    self._target = next(self._plan, self._target)
-    return self._toward(self._target)
+    target = next(self._plan, self._target)
+    if target is None:
+      raise ValueError("expert: its plan ended before its first target; a plan yields at least one")
+    self._target = target
+    return self._toward(target)
 
   def _toward(self, target: Target) -> np.ndarray:
     position = self.tool
     move = (target.position - position) / METRES * GAIN
-    length = np.linalg.norm(move)
+    length: Any = np.linalg.norm(move)
     # Inverse kinematics that finds no solution leaves the arm where it is. Asked to move and did not: ask for less.
     frozen = self._before is not None and length > 0.15 and np.linalg.norm(position - self._before) < STUCK_STEP
     self._stride = max(0.15, 0.6 * self._stride) if frozen else min(1.0, 1.3 * self._stride)
     self._before = position
     move *= self._stride / max(length, 1.0)
     turn = self._turn_to(target.rotation) * GAIN
-    turn *= RADIANS / max(np.linalg.norm(turn), RADIANS)
+    angle: Any = np.linalg.norm(turn)
+    turn *= RADIANS / max(angle, RADIANS)
     action = np.concatenate([move, -euler_xyz(from_rotation_vector(turn)) / RADIANS, [target.grip]])
     if self._noise:
       action[:6] += self._noise * self._rng.standard_normal(6)
@@ -146,7 +150,11 @@ class Controller:
 
 def scripted(plan: Plan) -> Callable[[np.random.Generator, float], Controller]:
   """A plan as the `expert` of a task."""
-  return lambda rng, noise=0.0: Controller(plan, rng, noise)
+
+  def expert(rng: np.random.Generator, noise: float = 0.0) -> Controller:
+    return Controller(plan, rng, noise)
+
+  return expert
 
 
 # ---- rotations

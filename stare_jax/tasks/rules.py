@@ -13,6 +13,7 @@ reads one state, N environments online ([N] and [N]) or a whole trajectory offli
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -101,7 +102,7 @@ def tilt(axis: int = 0) -> Distance:
 
 def plus(*distances: Distance) -> Distance:
   """The sum of several distances."""
-  return lambda now, start: sum(distance(now, start) for distance in distances)
+  return lambda now, start: functools.reduce(np.add, (distance(now, start) for distance in distances))
 
 
 # ---- rules
@@ -164,7 +165,7 @@ def all_of(*rules: Rule) -> Rule:
   return lambda now, start: np.logical_and.reduce(_evaluate(rules, now, start))
 
 
-def _evaluate(rules: tuple[Rule, ...], now: Signals, start: Signals) -> list[np.ndarray]:
+def _evaluate(rules: tuple[Rule, ...], now: Signals, start: Signals) -> tuple[np.ndarray, ...]:
   return np.broadcast_arrays(*(rule(now, start) for rule in rules))
 
 
