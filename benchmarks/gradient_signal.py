@@ -23,7 +23,7 @@ import numpy as np
 
 from stare_jax import stages
 from stare_jax.losses import ops
-from stare_jax.pipeline_interaction import advantages
+from stare_jax.pipeline_interaction import advantages, with_success_reward
 from stare_jax.pipeline_run import Run, starting_params
 from stare_jax.rollout import Start
 
@@ -31,7 +31,7 @@ ESTIMATORS = {  # offset, success reward, discount, lambda
   "as configured": {},
   "next step only": {"lam": 0.0},
   "long horizon": {"lam": 0.95, "discount": 0.98},
-  "offset 1": {"offset": 1.0, "success_reward": 3.0},
+  "offset 1": {"offset": 1.0},
   "success alone": {"shaping": False, "lam": 0.95, "discount": 0.98},
 }
 PARTS = {"all": "", "vision": "vision", "projector": "projector", "decoder": "llm/layers", "head": "llm/head"}
@@ -66,6 +66,7 @@ def report(run: Run, params, halves) -> None:
     with c.unlocked():
       for key, value in changes.items():
         (c.hp if key in c.hp else c)[key] = value
+    c = with_success_reward(c, len(run.task.stages))
     batches = [slices(run, half, c) for half in halves]
     grads = [mean([gradient(params, b) for b in half]) for half in batches]
     line = {"estimator": name, "steps_per_half": sum(len(b["tokens"]) for b in batches[0])}

@@ -9,6 +9,12 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+POSITIVE = (
+  "sim.horizon", "sim.num_envs", "sim.image_size", "imitation.demonstrations", "imitation.updates", "imitation.batch",
+  "imitation.checkpoint_every", "preference.starts", "preference.samples", "preference.updates", "preference.batch",
+  "preference.micro_batch", "preference.pairs_per_start", "preference.checkpoint_every", "interaction.iterations",
+  "interaction.steps", "interaction.epochs", "interaction.batch", "interaction.checkpoint_every", "evaluation.episodes",
+)  # fmt: skip
 PHASES = ("imitation", "preference", "interaction")
 
 
@@ -66,6 +72,10 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
     raise ConfigError(f"phases = {tuple(c.phases)}: expected an ordered selection of {PHASES}")
   if not c.phases:
     raise ConfigError(f"phases is empty: name at least one of {PHASES}")
+  for field in POSITIVE:
+    section, key = field.split(".")
+    if c[section][key] < 1:
+      raise ConfigError(f"{field} = {c[section][key]}: expected at least 1")
   _divides(c, "sim.num_envs", c.sim.num_envs, "sim.groups", c.sim.groups)
   if not 1 <= c.sim.num_workers <= c.sim.num_envs:
     raise ConfigError(f"sim.num_workers = {c.sim.num_workers}: expected 1 to sim.num_envs = {c.sim.num_envs}")
@@ -75,19 +85,17 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   if rollout % c.interaction.batch:
     raise ConfigError(f"interaction.batch = {c.interaction.batch} does not divide a rollout of sim.num_envs x "
                       f"interaction.steps = {c.sim.num_envs} x {c.interaction.steps} = {rollout} steps")
-  for phase in c.phases:
-    section = c[phase]
-    total, optimiser = section.get("updates") or section.iterations, section.optimiser
+  if c.interaction.optimiser.schedule != "constant":
+    raise ConfigError(f'interaction.optimiser.schedule = "{c.interaction.optimiser.schedule}": expected "constant"; '
+                      f"its learning rate follows target_kl, and a run may be extended")
+  for phase in [p for p in c.phases if p != "interaction"]:
+    total, optimiser = c[phase].updates, c[phase].optimiser
     if optimiser.schedule == "cosine" and optimiser.warmup_steps >= total:
       raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} "
                         f"updates to a cosine schedule: choose fewer than {total}")
   patch = c.policy.options.patch_size
   if c.sim.image_size % patch:
     raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {patch}")
-  for field in ("imitation.demonstrations", "evaluation.episodes", "preference.starts", "preference.samples"):
-    section, key = field.split(".")
-    if c[section][key] < 1:
-      raise ConfigError(f"{field} = {c[section][key]}: expected at least 1")
   if c.preference.samples < 2 and "preference" in c.phases:
     raise ConfigError(f"preference.samples = {c.preference.samples}: a pair needs at least 2 rollouts of one start")
   if "preference" in c.phases and max(c.preference.buckets) < c.sim.horizon:

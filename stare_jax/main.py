@@ -14,9 +14,11 @@ import difflib
 import errno
 import logging
 import os
+import pathlib
 import shlex
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -60,6 +62,8 @@ def main(argv: list[str]) -> None:
     log.info("stopped on %s; the same command continues from the last checkpoint", signal.Signals(stopping[0]).name)
     return
   except pipeline.USER_ERRORS as error:
+    with contextlib.suppress(OSError):  # for whoever must find out where it came from
+      pathlib.Path(workdir, "error.log").write_text(traceback.format_exc())
     fail(describe(error))
   print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
         f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")

@@ -148,11 +148,12 @@ def preference(run: Run) -> Any:
 
 
 def evaluation(run: Run, label: str, params: Any) -> dict:
-  """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it for this very configuration."""
+  """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters."""
   c = run.config.evaluation
-  fields = run.identity(label) | {f"evaluation.{k}": v for k, v in c.items()}
-  if label == "interaction":
-    fields["interaction.iterations"] = run.config.interaction.iterations
+  fields = {f"evaluation.{k}": v for k, v in c.items()} | {
+    "params": checkpoint.params_sha256(params), "task": run.task.name, "sim": dict(run.config.sim),
+    "offset": run.config.interaction.offset, "videos": run.config.report.videos,
+  }  # fmt: skip
   path = run.workdir / "evaluations" / f"{label}.json"
   if path.exists():
     found = json.loads(path.read_text())
@@ -224,6 +225,12 @@ def open_folder(run: Run) -> None:
     if checkpoint.latest(folder := checkpoint_dir(run, phase)) is not None:
       checkpoint.check_config(folder, run.identity(phase))
   starting_folder(run, run.config.phases[0])
+  for phase in PHASES:  # what earlier launches did belongs to the summary too
+    if checkpoint.latest(folder := checkpoint_dir(run, phase)) is not None:
+      meta = checkpoint.read_meta(folder)
+      run.env_steps[phase], run.seconds[phase] = meta["env_steps"], meta["seconds"]
+    if (path := run.workdir / "evaluations" / f"{phase}.json").exists():
+      run.results[phase] = json.loads(path.read_text())
   if run.config.init_from:
     read_statistics(pathlib.Path(run.config.init_from))
   summary = run.workdir / "summary.json"
@@ -237,7 +244,8 @@ def summarise(run: Run, params: Any, command: str, seconds: float) -> dict:
   versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy",
                                                                   "mani_skill", "sapien", "torch")}  # fmt: skip
   return {
-    "task": run.task.name, "preset": run.config.preset, "seed": run.config.seed, "phases": run.results,
+    "task": run.task.name, "preset": run.config.preset, "seed": run.config.seed,
+    "phases": {phase: run.results[phase] for phase in PHASES if phase in run.results},
     "params_sha256": checkpoint.params_sha256(params), "parameters": sum(x.size for x in jax.tree.leaves(params)),
     "config": json.loads(run.config.to_json_best_effort()),
     "versions": versions | {"python": platform.python_version()},

@@ -22,7 +22,7 @@ def interaction(run: Run) -> Any:
 
   So an iteration is a function of the state and its number, and a resumed run needs no simulator snapshot.
   """
-  c, n = run.config.interaction, run.config.sim.num_envs
+  c, n = with_success_reward(run.config.interaction, len(run.task.stages)), run.config.sim.num_envs
   params = starting_params(run, "interaction")
   reference = reference_log_prob(run.policy, params, c) if c.hp.kl_weight else None
   tx = optimizer(c, c.iterations)
@@ -86,6 +86,31 @@ def ppo_loss(policy: policies.Policy, temperature: float, **hp: Any) -> Callable
   return loss_fn
 
 
+def with_success_reward(c: Any, num_stages: int) -> Any:
+  """The configuration with `success_reward` filled in where it is 0 (automatic): K * offset + 0.5.
+
+  That is more than any potential, (K - 1) * offset + sigmoid(1) at offset 0.5. A success ends the potential it has
+  (Phi of a terminal state is 0), and a critic that is still at zero would otherwise call it a loss.
+  """
+  if c.success_reward:
+    return c
+  c = c.copy_and_resolve_references()
+  with c.unlocked():
+    c.success_reward = num_stages * c.offset + 0.5
+  return c
+
+
+def rewards(item: StagedEpisode, c: Any) -> np.ndarray:
+  """float32[T]: r, the success reward on the last step of a success, or with shaping r' (Eq. Shape)."""
+  episode = item.episode
+  reward = np.zeros(len(episode), np.float32)
+  reward[-1] = c.success_reward * episode.terminated
+  if not c.shaping:
+    return reward
+  done = np.array(episode.terminated)
+  return stages.shaped_reward(reward, item.potential, done, discount=c.hp.discount, terminal=c.terminal)
+
+
 def advantages(rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, np.ndarray]:
   """GAE over rows of episodes -> flat arrays of N * T steps; the advantage is standardised over all of them."""
   grid = {"reward": [], "value": [], "next_value": [], "terminated": [], "truncated": []}
@@ -94,11 +119,7 @@ def advantages(rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, np.
     for item in row:
       episode, steps = item.episode, len(item.episode)
       last = np.arange(steps) == steps - 1
-      reward = np.where(last & episode.terminated, c.success_reward, 0.0).astype(np.float32)
-      if c.shaping:
-        done = np.array(episode.terminated)
-        reward = stages.shaped_reward(reward, item.potential, done, discount=c.hp.discount, terminal=c.terminal)
-      parts["reward"].append(reward)
+      parts["reward"].append(rewards(item, c))
       parts["value"].append(episode.value)
       parts["next_value"].append(np.append(episode.value[1:], np.float32(episode.last_value)))
       parts["terminated"].append(last & episode.terminated)
@@ -162,11 +183,11 @@ def rollout_metrics(run: Run, rows: Sequence[Sequence[StagedEpisode]], c: Any) -
   completed = np.stack([item.completed for item in ended])
   before = np.concatenate([np.ones_like(completed[:, :1]), completed[:, :-1]], axis=1)
   rates = (completed & before).sum(0) / np.maximum(before.sum(0), 1)
-  gain = [c.hp.discount ** len(item.episode) * item.potential[-1] * (not item.episode.terminated) - item.potential[0]
-          for item in ended]  # fmt: skip
+  discounted = lambda reward: float(reward @ c.hp.discount ** np.arange(len(reward)))
+  shaped = [discounted(rewards(item, c)) for item in ended]
   raw = [c.success_reward * c.hp.discount ** (len(item.episode) - 1) * item.episode.terminated for item in ended]
   return {
     "episodes": float(len(ended)), "success": float(completed[:, -1].mean()), "return_raw": float(np.mean(raw)),
-    "return_shaped": float(np.mean(np.add(raw, gain))), "length": float(np.mean([len(x.episode) for x in ended])),
+    "return_shaped": float(np.mean(shaped)), "length": float(np.mean([len(x.episode) for x in ended])),
     **{f"stage_{k + 1}": float(rate) for k, rate in enumerate(rates)},
   }  # fmt: skip

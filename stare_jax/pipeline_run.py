@@ -20,7 +20,10 @@ from stare_jax.episode import Episode
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
 log = logging.getLogger("stare_jax")
-IDENTITY_SKIPS = ("phases", "preset", "evaluation.", "report.", "checkpoint.", "sim.timeout", "interaction.iterations")
+IDENTITY_SKIPS = (
+  "phases", "preset", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers",
+  "imitation.checkpoint_every", "preference.checkpoint_every", "interaction.checkpoint_every", "interaction.iterations",
+)  # fmt: skip
 CHUNK = 64  # episodes per file of a growing data set: what a kill during collection can cost
 
 
@@ -104,8 +107,8 @@ class Run:
   def identity(self, phase: str) -> dict[str, Any]:
     """The flat fields that decide a phase's parameters: a checkpoint of other ones is refused.
 
-    Not among them: how a run shows itself, evaluation, later phases, and how long Interaction goes on, so that a
-    finished run may be evaluated otherwise, changed from a later phase on, or trained for longer.
+    Not among them: how a run shows itself, how often it saves, evaluation, later phases, and how long Interaction goes
+    on, so that a finished run may be evaluated otherwise, changed from a later phase on, or trained for longer.
     """
     later = PHASES[PHASES.index(phase) + 1 :]
     skipped = (*IDENTITY_SKIPS, *(f"{name}." for name in later))
@@ -171,7 +174,10 @@ def advance_until(
   folder, fields, origin = checkpoint_dir(run, phase), run.identity(phase), predecessor(run, phase)
   state, meta = restore(run, phase, state, origin)
   start, env_steps, spent = meta.get("iteration", 0), meta.get("env_steps", 0), meta.get("seconds", 0.0)
-  if start >= total:  # nothing to do; a logger would remove the rows of the phases after this one
+  if start > total:
+    raise ConfigError(f"{phase} in {run.workdir} has {start} {unit}s behind it, more than the {total} asked for: ask "
+                      f"for {start} or more, or choose another --workdir")
+  if start == total:  # nothing to do; a logger would remove the rows of the phases after this one
     log.info("%s: finished, all %d %ss", phase, start, unit)
     run.env_steps[phase], run.seconds[phase] = env_steps, spent
     return state
@@ -220,7 +226,7 @@ def gather(
   folder, episodes = run.workdir / "data" / name, []
   chunks = [starts[i : i + CHUNK] for i in range(0, len(starts), CHUNK)]
   digest = checkpoint.config_digest(fields)
-  began = time.monotonic()
+  seconds = 0.0
   with report.Progress(f"{name} rollouts", len(starts), unit="episode") as bar:
     collector = None
     for i, chunk in enumerate(chunks):
@@ -235,18 +241,23 @@ def gather(
           )
         bar.update(len(found))
       else:
+        began = time.monotonic()
         collector = collector or run.collector(make_actor(), progress=bar)
         found = collector.episodes(chunk)
-        dataset.write(path, found, {"digest": digest, "fields": checkpoint.flatten_config(fields)})
+        meta = {"digest": digest, "fields": checkpoint.flatten_config(fields), "seconds": time.monotonic() - began}
+        dataset.write(path, found, meta)
       episodes += found
-  run.seconds[f"{name} rollouts"] = time.monotonic() - began
+      seconds += meta.get("seconds", 0.0)
+  run.seconds[f"{name} rollouts"] = seconds
+  run.env_steps[f"{name} rollouts"] = sum(map(len, episodes))
   return episodes
 
 
 def predecessor(run: Run, phase: str) -> str:
-  """The last phase before this one that has checkpoints in the run folder; empty if none has."""
-  earlier = [p for p in PHASES[: PHASES.index(phase)] if checkpoint.latest(checkpoint_dir(run, p)) is not None]
-  return earlier[-1] if earlier else ""
+  """The phase before this one in the run; where it has none, the last earlier one in the folder; else empty."""
+  before = PHASES[: PHASES.index(phase)]
+  saved = [p for p in before if checkpoint.latest(checkpoint_dir(run, p)) is not None]
+  return ([p for p in before if p in run.config.phases] or saved or [""])[-1]
 
 
 def starting_folder(run: Run, phase: str) -> pathlib.Path | None:

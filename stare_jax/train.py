@@ -472,7 +472,8 @@ def check_finite(metrics: Mapping[str, float], params: Any) -> None:
     source = f"step not finite (grad_norm {metrics['grad_norm']:.3g}, update_norm {metrics['update_norm']:.3g})"
   raise NonFiniteError(
     f"update refused: {source}. Parameters and optimiser are as before this batch. Look at the data of that term, or "
-    f"lower the learning rate; a rerun with the same workdir continues from the last checkpoint"
+    f"lower the learning rate in a new --workdir that starts from this one's checkpoint (--config.init_from); the same "
+    f"command again continues from the last checkpoint and would meet the same update"
   )
 
 

@@ -87,7 +87,10 @@ def user_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def toy_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """For launches of tests/toy_run.py: the user's environment, with compiled programs shared between launches."""
+  """For launches of tests/toy_run.py: the user's environment, with compiled programs shared between launches.
+
+  STARE_JAX_TEST_CACHE names a folder that keeps them from one test session to the next.
+  """
   from tests import toy_run
   cache = os.environ.get("STARE_JAX_TEST_CACHE") or tmp_path_factory.mktemp("compiled")
   return toy_run.environment({**USER_ENVIRONMENT, "PYTHONPATH": str(ROOT)}, pathlib.Path(cache))
