@@ -57,9 +57,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   # StA-PPO in the simulator.
   c.interaction = dict(
-    iterations=100, steps=30, epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
+    iterations=160, steps=30, epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
     critic_warmup=2,  # iterations that fit the value head alone
-    target_kl=0.008,  # nats per action, mean over an epoch's minibatches: stops further epochs, adapts the learning rate
+    target_kl=0.008,  # nats per action, mean over an epoch's minibatches; stops epochs, adapts the learning rate
     shaping=True, terminal="zero",
     offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
     success_reward=0.0,  # 0: K * offset + 0.5, more than any potential that success ends

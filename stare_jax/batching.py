@@ -7,8 +7,7 @@ worse at placing.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,13 +62,6 @@ class StageBatch(NamedTuple):
   overall: np.ndarray
   cost: np.ndarray
   episode: np.ndarray
-
-
-class Cursor(NamedTuple):
-  """Where the shuffled stream stands: batch `batch` of epoch `epoch` comes next."""
-
-  epoch: int = 0
-  batch: int = 0
 
 
 def pair(
@@ -297,27 +289,3 @@ def epoch_batches(
   if len(groups) > 1:
     batches = [batches[b] for b in rng.permutation(len(batches))]
   return batches if drop_last or not left.size else [*batches, left]
-
-
-def minibatches(
-  n: int,
-  batch_size: int,
-  *,
-  seed: int,
-  cursor: Cursor = Cursor(),  # noqa: B008 - immutable
-  buckets: np.ndarray | None = None,
-  drop_last: bool = True,
-) -> Iterator[tuple[np.ndarray, Cursor]]:
-  """Endless (indices, cursor after them), from `cursor` on: store the cursor, and a resumed run sees the same
-  batches.
-
-  The arguments are those of `epoch_batches`; the cursor is two integers.
-  """
-  first, skip = int(cursor[0]), int(cursor[1])
-  for epoch in itertools.count(first):
-    batches = epoch_batches(n, batch_size, seed=seed, epoch=epoch, buckets=buckets, drop_last=drop_last)
-    if skip > len(batches):
-      raise ValueError(f"cursor {tuple(cursor)}: an epoch has {len(batches)} batches; it is from other data or sizes")
-    for index in range(skip, len(batches)):
-      yield batches[index], Cursor(epoch, index + 1) if index + 1 < len(batches) else Cursor(epoch + 1, 0)
-    skip = 0

@@ -45,6 +45,7 @@ class Run:
     self.policy: policies.Policy | None = None
     self.logger: report.MetricsLogger | None = None
     self._sim: Any = None
+    self._announced = False
     self.results: dict[str, dict] = {}
     self.earlier_events: list[str] = []
     self.env_steps: dict[str, int] = {}
@@ -99,6 +100,11 @@ class Run:
     self.policy = self._make_policy(stats)
     self.act = compile_act(self.policy)
     self.param_axes = self.policy.param_axes if self.mesh.size > 1 else None
+    if not self._announced:
+      shapes = jax.eval_shape(self.policy.init, self.key)
+      places = sharding.shardings(shapes, self.policy.param_axes, self.mesh)
+      log.info("%s", sharding.table(shapes, places, self.mesh))
+      self._announced = True
 
   def obs(self, images: np.ndarray) -> policies.Obs:
     """What the policy sees of images uint8[N, H, W, 3] under the task's instruction."""

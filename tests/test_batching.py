@@ -242,23 +242,8 @@ def test_epochs_and_seeds_differ():
   assert len({tuple(order(s, e)) for s in range(3) for e in range(3)}) == 9
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_a_stored_cursor_resumes_the_same_stream(drop_last):
-  options = dict(seed=7, buckets=np.random.default_rng(0).choice([4, 8], 23), drop_last=drop_last)
-  whole = list(itertools.islice(batching.minibatches(23, 4, **options), 40))
-  for stop in (0, 1, 4, 5, 6, 12, 17):
-    cursor = whole[stop - 1][1] if stop else batching.Cursor()
-    resumed = itertools.islice(batching.minibatches(23, 4, cursor=tuple(map(int, cursor)), **options), 40 - stop)
-    for (a, at), (b, then) in zip(whole[stop:], resumed, strict=True):
-      assert a.tolist() == b.tolist() and at == then
-
-
-def test_minibatches_are_loud():
+def test_an_epoch_is_loud():
   with pytest.raises(ValueError, match="3 items do not fill one batch of 4"):
-    next(batching.minibatches(3, 4, seed=0))
-  with pytest.raises(ValueError, match="0 items"):
-    next(batching.minibatches(0, 4, seed=0, drop_last=False))
-  with pytest.raises(ValueError, match="an epoch has 2 batches"):
-    next(batching.minibatches(8, 4, seed=0, cursor=(0, 3)))
+    batching.epoch_batches(3, 4, seed=0, epoch=0)
   with pytest.raises(ValueError, match="one bucket for each of 8 items"):
-    next(batching.minibatches(8, 4, seed=0, buckets=np.ones(3)))
+    batching.epoch_batches(8, 4, seed=0, epoch=0, buckets=np.ones(3))
