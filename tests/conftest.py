@@ -15,11 +15,14 @@ import sys
 import numpy as np
 import pytest
 
-# Before anything imports jax: both are read once.
-USER_ENVIRONMENT = dict(os.environ)
+# Before anything imports jax: both are read once. A pytest-xdist worker inherits what its controller set here, so the
+# user's environment is what is left without it.
+FAKE_DEVICES = "--xla_force_host_platform_device_count=8"
+USER_FLAGS = os.environ.get("XLA_FLAGS", "").replace(FAKE_DEVICES, "").strip()
+USER_ENVIRONMENT = {**os.environ, "XLA_FLAGS": USER_FLAGS}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+if "xla_force_host_platform_device_count" not in USER_FLAGS:
+  os.environ["XLA_FLAGS"] = f"{USER_FLAGS} {FAKE_DEVICES}".strip()
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
