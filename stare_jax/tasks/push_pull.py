@@ -10,33 +10,42 @@ from stare_jax.tasks import Actors, Camera, Stage, Task, experts, rules
 
 REACH = 0.03  # metres from the contact point at which Reach ends
 FINGERS = 0.055  # metres from the cube's centre to the closed fingers' before they touch it
+HEIGHT = 0.03  # metres of the tool over the table while it slides: at 0.01 the fingertips press on it, and stick
+LOW = 0.05  # metres; below this the fingers meet the cube
 
 
 def push(arm: experts.Controller) -> Iterator[experts.Target]:
   """Come down behind the cube with closed fingers and drive it forward."""
-  yield from _slide(arm, side=-1, above=0.05)
+  return _slide(arm, side=-1, above=0.07)
 
 
 def pull(arm: experts.Controller) -> Iterator[experts.Target]:
   """Come down beyond the cube with closed fingers and drag it back."""
-  yield from _slide(arm, side=1, above=0.09)
+  return _slide(arm, side=1, above=0.09)
 
 
 def _slide(arm: experts.Controller, side: int, above: float) -> Iterator[experts.Target]:
-  """`side` is where the fingers are, seen from the cube: -1 nearer to the robot, +1 beyond it.
+  """`side` is where the fingers are, seen from the cube: -1 nearer to the robot, +1 beyond it; `above` is a height.
 
-  The hand is vertical to within a few degrees from the start and a cube does not mind, so it is never turned: three
-  action dimensions carry the task, and a policy that learns from this need not learn to correct what it cannot see.
+  What to do follows from where tool and cube are now, never from what was done before: a policy that sees one image
+  can learn nothing else. The hand is vertical to within a few degrees from the start and a cube does not mind, so it
+  is never turned: three action dimensions carry the task.
   """
-  beside = lambda: arm.thing + [side * (FINGERS + 0.01), 0, above]
-  behind = lambda: np.array([arm.thing[0] + side * FINGERS, arm.thing[1], 0.018])
-  yield from arm.goto(beside, None, experts.CLOSED, within=0.025)
-  yield from arm.goto(behind, None, experts.CLOSED, within=0.012)
   end = arm.goal[0] + side * 0.02  # the goal does not move, and the region is much wider than this
   while True:
-    ahead = arm.tool[0] - side * 0.05
-    x = min(ahead, end) if side < 0 else max(ahead, end)
-    yield experts.Target(np.array([x, arm.thing[1], 0.018]), None, experts.CLOSED)
+    x, y = arm.thing[:2]
+    forward, aside = side * (arm.tool[0] - x), abs(arm.tool[1] - y)
+    low = arm.tool[2] < LOW
+    if low and forward > 0.03 and aside < 0.02:  # slide
+      ahead = arm.tool[0] - side * 0.05
+      target = (min(ahead, end) if side < 0 else max(ahead, end), y, HEIGHT)
+    elif forward > 0.04 and (low or (forward < 0.09 and aside < 0.02)):  # beside its place on the table, or over it
+      target = (x + side * FINGERS, y, HEIGHT)
+    elif low:  # the cube is in the way
+      target = (arm.tool[0], arm.tool[1], above)
+    else:
+      target = (x + side * (FINGERS + 0.01), y, above)
+    yield experts.Target(np.array(target), None, experts.CLOSED)
 
 
 def _stages(name: str, side: int) -> tuple[Stage, ...]:
