@@ -96,6 +96,15 @@ def imitation(run: Run) -> Any:
   return state.params
 
 
+# How each preference kernel is called: (log_ratio, batch, preference.hp) -> (loss, metrics).
+PREFERENCE_LOSSES: dict[str, Callable[[jax.Array, train.PreferenceBatch, Any], tuple]] = {
+  "tpo": lambda log_ratio, batch, hp: losses.get("tpo")(log_ratio, batch.valid, batch.pairs["overall"], beta=hp.beta),
+  "stage_tpo": lambda log_ratio, batch, hp: losses.get("stage_tpo")(
+    log_ratio, batch.pairs["stage_id"], batch.pairs["cost"], batch.pairs["sign"], **hp
+  ),
+}
+
+
 def preference(run: Run) -> Any:
   """StA-TPO on same-start pairs of the starting policy's own rollouts (METHOD: Preference).
 
@@ -119,12 +128,7 @@ def preference(run: Run) -> Any:
   def log_prob(params, obs, tokens):
     return ops.token_log_prob(run.policy.apply(params, obs, tokens).logits, tokens, c.temperature)
 
-  def kernel(log_ratio, batch):
-    p = batch.pairs
-    if c.loss == "tpo":
-      return losses.get(c.loss)(log_ratio, batch.valid, p["overall"], beta=c.hp.beta)
-    return losses.get(c.loss)(log_ratio, p["stage_id"], p["cost"], p["sign"], **c.hp)
-
+  kernel = functools.partial(PREFERENCE_LOSSES[c.loss], hp=c.hp)
   tx = optimizer(c, c.updates)
   update = train.make_preference_update(
     log_prob, kernel, tx, micro_batch=c.micro_batch, mesh=run.mesh, param_axes=run.param_axes

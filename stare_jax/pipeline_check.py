@@ -20,8 +20,8 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   tasks.get(config.task)
   sims.resolve(config.sim.name)
   for phase in ("imitation", "preference"):
-    if (name := config[phase].loss) not in losses.names():
-      raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names())}')
+    if (name := config[phase].loss) not in losses.names(phase):
+      raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names(phase))}')
   check_folder(pathlib.Path(workdir))
 
 

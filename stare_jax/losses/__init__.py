@@ -12,7 +12,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 
-REGISTRY: dict[str, str] = {
+REGISTRY: dict[str, str] = {  # name -> its room, which is that of the phase it is for, and the function
   "cross_entropy": "stare_jax.losses.imitation:cross_entropy",
   "tpo": "stare_jax.losses.preference:tpo",
   "stage_tpo": "stare_jax.losses.preference:stage_tpo",
@@ -20,9 +20,9 @@ REGISTRY: dict[str, str] = {
 }
 
 
-def names() -> tuple[str, ...]:
-  """The kernels that a config may name."""
-  return tuple(REGISTRY)
+def names(phase: str = "") -> tuple[str, ...]:
+  """The kernels that a config may name; of one phase ("imitation", "preference") or all."""
+  return tuple(name for name, target in REGISTRY.items() if phase in target)
 
 
 def get(name: str) -> Callable:

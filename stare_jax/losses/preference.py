@@ -1,16 +1,16 @@
-"""Preference: TPO and StA-TPO between two episodes of one start, and their exact gradient in little memory.
+"""Preference: TPO and StA-TPO between two episodes of one start.
 
 A batch of B pairs is stacked as 2B episodes: row b is the first episode of pair b and row B + b the second.
 `sign` says which is preferred: +1 the first, -1 the second, 0 that there is no pair. It belongs to a stage as
 well as to a pair, because one episode may reach sooner and the other place better.
 
 Axes: B pairs, E = 2B episodes, T steps, K stages.
+
+The kernels see the parameters only through `log_ratio`, so their gradient is sum_et c[e,t] grad log pi(a_et|o_et) with
+c = d loss / d log_ratio: `train.make_preference_update` adds it up in micro-batches of steps.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,23 +80,3 @@ def tpo(log_ratio: Array, valid: Array, sign: Array, *, beta: float) -> tuple[Ar
   whole = jnp.where(valid, 0, -1).astype(jnp.int32)
   no_cost = jnp.zeros((sizes["E"], 1), jnp.float32)
   return stage_tpo(log_ratio, whole, no_cost, sign[:, None], beta=beta, cost_weight=0.0)
-
-
-def two_pass(
-  kernel: Callable[..., tuple[Array, dict[str, Mean]]], log_ratio: Array, *args: Any, **kwargs: Any
-) -> tuple[tuple[Array, dict[str, Mean]], Array]:
-  """The loss and its coefficients c = d loss / d log_ratio, with which its gradient splits into steps.
-
-  A stage mean couples all its steps, so averaging the losses of step micro-batches gives another loss. But
-  the loss sees the parameters only through log_ratio, so its exact gradient is
-
-      grad L = sum_et c[e,t] grad log pi(a_et|o_et)
-
-  a sum that can be cut anywhere. Pass 1 fills log_ratio without gradients, in any chunks, and ends here; pass
-  2 adds up `jax.vjp(log_prob)(c)` chunk by chunk, with the activations of one chunk in memory.
-
-    kernel: `stage_tpo` or `tpo`; it is called as kernel(log_ratio, *args, **kwargs).
-    log_ratio: float32[E, T].
-  Returns: (loss, metrics), c float32[E, T]; c is zero on padding and in stages without a pair.
-  """
-  return jax.value_and_grad(kernel, has_aux=True)(log_ratio, *args, **kwargs)
