@@ -58,7 +58,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   # StA-PPO in the simulator.
   c.interaction = dict(
     iterations=160, steps=30, epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
-    critic_warmup=2,  # iterations that fit the value head alone
+    critic="state",  # "policy": a head on the policy's hidden state; "state": a network on the simulator's state
+    critic_hp=dict(epochs=16, learning_rate=1e-3),  # of "state"
+    critic_warmup=2,  # iterations that fit the critic alone
     target_kl=0.008,  # nats per action, mean over an epoch's minibatches; stops epochs, adapts the learning rate
     shaping=True, terminal="zero",
     offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next

@@ -6,6 +6,7 @@ A config file's `get_config(arg)` receives what follows the colon of `--config=c
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ POSITIVE = (
   "preference.micro_batch", "preference.pairs_per_start", "preference.checkpoint_every", "interaction.iterations",
   "interaction.steps", "interaction.epochs", "interaction.batch", "interaction.checkpoint_every", "evaluation.episodes",
 )  # fmt: skip
+CHOICES = {
+  "interaction.critic": ("state", "policy"), "interaction.terminal": ("zero", "keep"),
+  "interaction.hp.ratio": ("action", "token"), "imitation.optimiser.schedule": ("constant", "cosine"),
+  "preference.optimiser.schedule": ("constant", "cosine"),
+}  # fmt: skip
 PHASES = ("imitation", "preference", "interaction")
 
 
@@ -104,5 +110,10 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   for phase in ("preference", "interaction"):  # what acts at 0 has no log-probabilities to learn from
     if not c[phase].temperature > 0:
       raise ConfigError(f"{phase}.temperature = {c[phase].temperature}: expected more than 0, such as 1.0")
+  for field, known in CHOICES.items():
+    section, key = field.rsplit(".", 1)
+    value = functools.reduce(getattr, section.split("."), c)[key]
+    if value not in known:
+      raise ConfigError(f'{field} = "{value}": {suggest(str(value), known)}')
   if not 0 <= c.interaction.hp.discount <= 1:
     raise ConfigError(f"interaction.hp.discount = {c.interaction.hp.discount}: expected 0 to 1")

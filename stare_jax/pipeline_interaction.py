@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from stare_jax import policies, stages, train
-from stare_jax.episode import StagedEpisode
+from stare_jax import policies, stages, train, train_critic
+from stare_jax.episode import SIGNAL_SIZE, StagedEpisode, unpack_signals
 from stare_jax.losses import ops, ppo
 from stare_jax.pipeline_run import Run, advance_until, optimizer, starting_params, step
 from stare_jax.rollout import Start
@@ -26,9 +27,10 @@ def interaction(run: Run) -> Any:
   params = starting_params(run, "interaction")
   reference = reference_log_prob(run.policy, params, c) if c.hp.kl_weight else None
   tx = optimizer(c, c.iterations)
-  loss_fn = ppo_loss(run.policy, c.temperature, **c.hp)
+  loss_fn = ppo_loss(run.policy, c)
   update = train.make_update(loss_fn, tx, mesh=run.mesh, param_axes=run.param_axes, micro_batches=c.micro_batches)
-  state = train.new_state(params, tx, mesh=run.mesh, param_axes=run.param_axes)
+  critic = train_critic.init(jax.random.fold_in(run.key, 1), num_features(run)) if c.critic == "state" else None
+  state = train.new_state(params, tx, mesh=run.mesh, param_axes=run.param_axes, critic=critic)
   first = run.seeds("interaction", 1)[0]
 
   def advance(state, i):
@@ -37,11 +39,20 @@ def interaction(run: Run) -> Any:
     start_of = lambda env, j: Start(first + (i * n + env) * c.steps + j)
     rows = [stages.annotate(run.task, row, offset=c.offset) for row in collector.rows(start_of, c.steps)]
     collected = time.monotonic()
+    if c.critic == "state":
+      features = [[state_features(item) for item in row] for row in rows]
+      if i == 0:
+        state = dataclasses.replace(state, critic=train_critic.calibrate(state.critic, stacked(features)))
+      rows = with_values(rows, features, state.critic)
     data = advantages(rows, c)
     data["obs"] = run.obs(np.concatenate([item.episode.images for row in rows for item in row]))
     if reference is not None:
       data["ref_log_prob"] = reference(data["obs"], data["tokens"])
     state, metrics = learn(run, update, state, data, i)
+    if c.critic == "state":
+      rng = np.random.default_rng([run.config.seed, i, *b"critic"])
+      critic = train_critic.fit(state.critic, stacked(features), data["returns"], batch=c.batch, rng=rng, **c.critic_hp)
+      state = dataclasses.replace(state, critic=critic)
     metrics |= rollout_metrics(run, rows, c)
     now = time.monotonic()
     return state, metrics | {
@@ -69,21 +80,59 @@ def reference_log_prob(policy: policies.Policy, params: Any, c: Any) -> Callable
   return every
 
 
-def ppo_loss(policy: policies.Policy, temperature: float, **hp: Any) -> Callable:
-  """The PPO objective on the policy's forward pass."""
-  hp = {name: value for name, value in hp.items() if name not in ("discount", "lam")}
+def ppo_loss(policy: policies.Policy, c: Any) -> Callable:
+  """The PPO objective on the policy's forward pass; a critic of the state is fitted elsewhere, and shown here."""
+  hp = {name: value for name, value in c.hp.items() if name not in ("discount", "lam")}
 
   def loss_fn(params, batch):
     out = policy.apply(params, batch["obs"], batch["tokens"])
-    log_prob = ops.token_log_prob(out.logits, batch["tokens"], temperature)
-    entropy = ops.entropy(out.logits, temperature).sum(-1)
+    value = out.value if c.critic == "policy" else batch["value"]
+    log_prob = ops.token_log_prob(out.logits, batch["tokens"], c.temperature)
+    entropy = ops.entropy(out.logits, c.temperature).sum(-1)
     _, metrics = ppo.objective(
-      log_prob, batch["log_prob"], batch["advantage"], out.value, batch["value"], batch["returns"], entropy,
+      log_prob, batch["log_prob"], batch["advantage"], value, batch["value"], batch["returns"], entropy,
       batch["valid"], batch.get("ref_log_prob"), **hp,
     )  # fmt: skip
     return metrics["loss"], metrics
 
   return loss_fn
+
+
+# A critic of the simulator's state (train_critic): what it sees, and the values that it gives.
+
+
+def num_features(run: Run) -> int:
+  return SIGNAL_SIZE + 8 + len(run.task.stages) + 2
+
+
+def state_features(item: StagedEpisode) -> np.ndarray:
+  """float32[T+1, F]: every signal, tool-object and object-goal displacements with their lengths, stage, potential."""
+  signals = unpack_signals(item.episode.signals)
+  gaps = [signals[a][:, :3] - signals[b][:, :3] for a, b in (("tcp_pose", "object_pose"), ("object_pose", "goal_pose"))]
+  sizes = [np.linalg.norm(gap, axis=-1, keepdims=True) for gap in gaps]
+  stage = np.append(item.stage_id, item.completed.sum())
+  one_hot = stage[:, None] == np.arange(len(item.completed) + 1)
+  parts = [item.episode.signals, *gaps, *sizes, one_hot, item.potential[:, None]]
+  return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+def stacked(features: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+  """float32[N * T, F]: the states in which a decision was made, row by row."""
+  return np.concatenate([x[:-1] for row in features for x in row])
+
+
+def with_values(rows: Sequence[Sequence[StagedEpisode]], features: Any, critic: train_critic.Critic) -> list[list]:
+  """The same episodes with the critic's values in place of the policy's."""
+  x = np.concatenate([x for row in features for x in row])
+  room = 2 * sum(len(item.episode) for row in rows for item in row)  # one shape: an episode has at least one step
+  value = iter(np.asarray(train_critic.values(critic, np.pad(x, ((0, room - len(x)), (0, 0)))))[: len(x)])
+
+  def valued(item: StagedEpisode) -> StagedEpisode:
+    *v, last = itertools.islice(value, len(item.episode) + 1)
+    last = 0.0 if item.episode.terminated else float(last)
+    return dataclasses.replace(item, episode=dataclasses.replace(item.episode, value=np.array(v), last_value=last))
+
+  return [[valued(item) for item in row] for row in rows]
 
 
 def with_success_reward(c: Any, num_stages: int) -> Any:

@@ -42,14 +42,19 @@ class NonFiniteError(FloatingPointError):
   """An update was refused because its loss, gradient or step is NaN or infinite; nothing was changed."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt", "critic"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """What an update changes. step: int32[], the updates applied (refused ones do not count)."""
+  """What a phase carries from update to update, and a checkpoint holds.
+
+  step: int32[], the updates applied (refused ones do not count). critic: of the simulator's state (train_critic), where
+  there is one; replicated, and passed through by every update here.
+  """
 
   step: jax.Array
   params: Any
   opt: Any
+  critic: Any = None
 
 
 class PreferenceBatch(NamedTuple):
@@ -78,15 +83,16 @@ def _full(params: Any) -> Any:
   return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
-def _new(params: Any, tx: optax.GradientTransformation) -> TrainState:
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=tx.init(_full(params)))
+def _new(params: Any, tx: optax.GradientTransformation, critic: Any = None) -> TrainState:
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=tx.init(_full(params)), critic=critic)
 
 
 def state_shardings(state: TrainState, mesh: Mesh, param_axes: sharding.ParamAxes | None = None) -> TrainState:
   """A NamedSharding for every leaf of a state (arrays or ShapeDtypeStructs); moments follow their parameter."""
   places = sharding.shardings(state.params, param_axes, mesh)
   opt = sharding.like_params(state.opt, state.params, places, mesh)
-  return TrainState(step=sharding.replicated(mesh), params=places, opt=opt)
+  critic = jax.tree.map(lambda _: sharding.replicated(mesh), state.critic)
+  return TrainState(step=sharding.replicated(mesh), params=places, opt=opt, critic=critic)
 
 
 def abstract_state(
@@ -124,13 +130,15 @@ def new_state(
   *,
   mesh: Mesh | None = None,
   param_axes: sharding.ParamAxes | None = None,
+  critic: Any = None,
 ) -> TrainState:
   """Step 0 of a phase that starts from `params` (device arrays); copies them, so a reference may keep its own."""
-  build = lambda params: _new(jax.tree.map(lambda p: jnp.array(p, copy=True), params), tx)
+  build = lambda params, critic: _new(jax.tree.map(lambda p: jnp.array(p, copy=True), params), tx, critic)
   if mesh is None:
-    return jax.jit(build)(params)
-  places = state_shardings(jax.eval_shape(build, params), mesh, param_axes)
-  return jax.jit(build, out_shardings=places)(sharding.place(params, places.params))
+    return jax.jit(build)(params, critic)
+  places = state_shardings(jax.eval_shape(build, params, critic), mesh, param_axes)
+  critic = sharding.place(critic, places.critic)
+  return jax.jit(build, out_shardings=places)(sharding.place(params, places.params), critic)
 
 
 class Update:
@@ -192,7 +200,8 @@ def _apply(
   updates, opt = tx.update(grads, state.opt, _full(state.params))
   update_norm = optax.tree.norm(updates)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-  new = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt=opt)
+  params = optax.apply_updates(state.params, updates)
+  new = dataclasses.replace(state, step=state.step + 1, params=params, opt=opt)
   state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
   rates = hyperparams(opt)
   more = {"learning_rate": rates["learning_rate"] * rates["scale"]} if "scale" in rates else {}
