@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     name="maniskill", num_envs=32, num_workers=2, groups=2, image_size=64, horizon=50,
     timeout=60.0,  # seconds without an answer until a worker is replaced
   )  # fmt: skip
-  c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=32))
+  c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=16))
   c.init_from = ""  # a checkpoint folder of another run, such as runs/x/checkpoints/imitation
 
   # Supervised fine-tuning on scripted demonstrations.
@@ -44,29 +44,29 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     optimiser=dict(
       learning_rate=1.5e-3, schedule="cosine", warmup_steps=30, weight_decay=0.01, clip_norm=1.0, betas=(0.9, 0.95),
     ),
-    hp=dict(smoothing_sigma=0.7),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
+    hp=dict(smoothing_sigma=0.5),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
   )  # fmt: skip
 
   # StA-TPO on same-start pairs of the policy's own rollouts.
   c.preference = dict(
     loss="stage_tpo", starts=48, samples=4, temperature=1.0, pairs_per_start=4, margin=0.05,
     updates=40, batch=12, micro_batch=100, buckets=(50,), checkpoint_every=20,
-    optimiser=dict(learning_rate=5e-5, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
-    hp=dict(beta=1.0, cost_weight=0.5),
+    optimiser=dict(learning_rate=3e-5, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
+    hp=dict(beta=4.0, cost_weight=0.5),
   )  # fmt: skip
 
   # StA-PPO in the simulator.
   c.interaction = dict(
-    iterations=160, steps=30, epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
+    iterations=140, steps=30, epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
     critic="state",  # "policy": a head on the policy's hidden state; "state": a network on the simulator's state
     critic_hp=dict(epochs=16, learning_rate=1e-3),  # of "state"
     critic_warmup=2,  # iterations that fit the critic alone
-    target_kl=0.008,  # nats per action, mean over an epoch's minibatches; stops epochs, adapts the learning rate
+    target_kl=0.01,  # nats per action, mean over an epoch's minibatches; stops epochs, adapts the learning rate
     shaping=True, terminal="zero",
     offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
     success_reward=0.0,  # 0: K * offset + 0.5, more than any potential that success ends
     optimiser=dict(
-      learning_rate=7e-5, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
+      learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
     ),
     hp=dict(
       discount=0.95, lam=0.7, clip=0.2, value_clip=None, value_weight=0.5, entropy_weight=0.0, kl_weight=0.0,
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     ),
   )  # fmt: skip
 
-  c.evaluation = dict(episodes=128, temperature=0.0, seed=1_000_000)
+  c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)  # 1: as it acts in training; 0: argmax
   c.checkpoint = dict(keep=2)
   c.report = dict(videos=4)
   c.update_from_flattened_dict(PRESETS[preset])
