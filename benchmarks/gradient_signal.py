@@ -6,6 +6,7 @@ Rolls a run's imitation policy out from fresh starts, once, and splits the envir
 estimating advantages it prints the cosine between the halves' gradients of E[A log pi(a|o)], over all parameters and by
 part of the network: near 0 the step is noise, whatever its size. `gain` is what a step of 0.03 nats along one half's
 gradient brings on the other half: the mean of (ratio - 1) * A there, A standardised. One JSON line per estimator.
+Values are those of the policy's own head, untrained after imitation: the potential alone is the baseline.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from stare_jax.train import NonFiniteError
+
 WIDTH, DEPTH = 128, 2
 LIMIT = 5.0  # standard deviations at which a feature saturates
 MIN_SCALE = 1e-3  # of a feature that did not vary in the first rollout
@@ -65,19 +67,20 @@ def calibrate(critic: Critic, features: np.ndarray) -> Critic:
 
 
 @functools.partial(jax.jit, static_argnames="learning_rate", donate_argnums=0)
-def _fit(critic: Critic, features: jax.Array, returns: jax.Array, order: jax.Array, learning_rate: float) -> Critic:
+def _fit(critic: Critic, features: jax.Array, returns: jax.Array, order: jax.Array, learning_rate: float) -> Any:
   x = _scaled(critic, features)
 
   def loss(params: Any, rows: jax.Array) -> jax.Array:
     return jnp.mean(optax.l2_loss(_forward(params, x[rows]), returns[rows]))
 
-  def step(state: tuple[Any, Any], rows: jax.Array) -> tuple[tuple[Any, Any], None]:
+  def step(state: tuple[Any, Any], rows: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
     params, opt = state
-    updates, opt = _optimizer(learning_rate).update(jax.grad(loss)(params, rows), opt, params)
-    return (optax.apply_updates(params, updates), opt), None
+    value, grads = jax.value_and_grad(loss)(params, rows)
+    updates, opt = _optimizer(learning_rate).update(grads, opt, params)
+    return (optax.apply_updates(params, updates), opt), value
 
-  (params, opt), _ = jax.lax.scan(step, (critic.params, critic.opt), order)
-  return critic._replace(params=params, opt=opt)
+  (params, opt), losses = jax.lax.scan(step, (critic.params, critic.opt), order)
+  return critic._replace(params=params, opt=opt), jnp.mean(losses)
 
 
 def fit(
@@ -87,6 +90,14 @@ def fit(
   """`epochs` passes of Adam over one rollout, in minibatches of `batch` rows; the critic passed in is donated.
 
     features: float32[N, F]. returns: float32[N]. batch: must divide N.
+
+  Raises: NonFiniteError if a loss is NaN or infinite; the last checkpoint has the critic of before.
   """
   order = np.concatenate([rng.permutation(len(returns)).reshape(-1, batch) for _ in range(epochs)])
-  return _fit(critic, features, returns, order.astype(np.int32), learning_rate)
+  critic, loss = _fit(critic, features, returns, order.astype(np.int32), learning_rate)
+  if not np.isfinite(loss):
+    sources = {"signals": features, "returns": returns}
+    bad = [name for name, x in sources.items() if not np.isfinite(x).all()] or [f"its learning rate {learning_rate:g}"]
+    where = " and ".join(bad)
+    raise NonFiniteError(f"the critic's loss is {float(loss)}: look at {where}. The last checkpoint is intact")
+  return critic

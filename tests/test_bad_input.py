@@ -42,6 +42,8 @@ TYPOS = {
   "batch": (["--config=configs/ipi.py:smoke", "--config.sim.num_envs=7"], ("sim.num_envs = 7", "multiple of 2")),
   "simulator": (["--config=configs/ipi.py:smoke", "--config.sim.name=maniskil"], ("'maniskil'", "maniskill")),
   "loss": (["--config=configs/ipi.py:smoke", "--config.preference.loss=stage_tp"], ('"stage_tp"', '"stage_tpo"')),
+  "loss of another phase": (["--config=configs/ipi.py:smoke", "--config.preference.loss=ppo"], ('"ppo"', "stage_tpo")),
+  "choice": (["--config=configs/ipi.py:smoke", "--config.interaction.critic=stat"], ('"stat"', 'did you mean "state"')),
   "file": (["--config=configs/ip.py"], ("configs/ip.py",)),
   "nothing": ([], ("--config=configs/ipi.py",)),
 }

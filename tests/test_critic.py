@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from stare_jax import pipeline_interaction, tasks, train_critic
 from stare_jax.episode import SIGNAL_SIZE
+from stare_jax.train import NonFiniteError
 from tests.test_pipeline import rollout, settings
 
 FEATURES = 6
@@ -53,6 +55,18 @@ def test_a_feature_far_out_saturates(rng):
   far, further = x.copy(), x.copy()
   far[:, 1], further[:, 1] = 1e4, 1e9
   np.testing.assert_array_equal(train_critic.values(critic, far), train_critic.values(critic, further))
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_its_source(rng):
+  x, y = rng.standard_normal((20, FEATURES)).astype(np.float32), np.ones(20, np.float32)
+  critic = lambda: train_critic.init(jax.random.key(0), FEATURES)
+  fit = functools.partial(train_critic.fit, epochs=2, batch=10, rng=rng)
+  y[3] = np.nan
+  with pytest.raises(NonFiniteError, match="look at returns"):
+    fit(critic(), x, y, learning_rate=1e-3)
+  y[3] = 1e30
+  with pytest.raises(NonFiniteError, match="learning rate 0.001"):
+    fit(critic(), x, y, learning_rate=1e-3)
 
 
 def test_the_same_seed_fits_the_same_critic():
