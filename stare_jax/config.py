@@ -110,6 +110,10 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   for phase in ("preference", "interaction"):  # what acts at 0 has no log-probabilities to learn from
     if not c[phase].temperature > 0:
       raise ConfigError(f"{phase}.temperature = {c[phase].temperature}: expected more than 0, such as 1.0")
+  critic = c.interaction.critic_hp
+  if critic.epochs < 1 or not critic.learning_rate > 0:
+    raise ConfigError(f"interaction.critic_hp = {critic.to_dict()}: expected epochs of at least 1 and a learning_rate "
+                      f"of more than 0, such as 16 and 1e-3")
   for field, known in CHOICES.items():
     section, key = field.rsplit(".", 1)
     value = functools.reduce(getattr, section.split("."), c)[key]

@@ -96,11 +96,11 @@ def state_shardings(state: TrainState, mesh: Mesh, param_axes: sharding.ParamAxe
 
 
 def abstract_state(
-  params: Any, tx: optax.GradientTransformation, *, mesh: Mesh | None = None, param_axes: Any = None
+  params: Any, tx: optax.GradientTransformation, *, mesh: Mesh | None = None, param_axes: Any = None, critic: Any = None
 ) -> TrainState:
   """Shapes, dtypes and (with a mesh) shardings of the state of `params`: what checkpoint.restore fills."""
-  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-  state = jax.eval_shape(lambda p: _new(p, tx), shapes)
+  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), (params, critic))
+  state = jax.eval_shape(lambda p, c: _new(p, tx, c), *shapes)
   if mesh is None:
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from stare_jax.train import NonFiniteError
+from stare_jax.train_optimizer import like
 
 WIDTH, DEPTH = 128, 2
 LIMIT = 5.0  # standard deviations at which a feature saturates
@@ -63,7 +64,9 @@ def values(critic: Critic, features: jax.Array) -> jax.Array:
 
 def calibrate(critic: Critic, features: np.ndarray) -> Critic:
   """Takes mean and scale from the first rollout's features, float32[N, F]."""
-  return critic._replace(mean=jnp.asarray(features.mean(0)), scale=jnp.asarray(features.std(0) + MIN_SCALE))
+  return critic._replace(
+    mean=like(features.mean(0), critic.mean), scale=like(features.std(0) + MIN_SCALE, critic.scale)
+  )
 
 
 @functools.partial(jax.jit, static_argnames="learning_rate", donate_argnums=0)
@@ -80,7 +83,8 @@ def _fit(critic: Critic, features: jax.Array, returns: jax.Array, order: jax.Arr
     return (optax.apply_updates(params, updates), opt), value
 
   (params, opt), losses = jax.lax.scan(step, (critic.params, critic.opt), order)
-  return critic._replace(params=params, opt=opt), jnp.mean(losses)
+  sound = functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in jax.tree.leaves(params)))
+  return critic._replace(params=params, opt=opt), jnp.where(sound, jnp.mean(losses), jnp.nan)
 
 
 def fit(
@@ -91,7 +95,7 @@ def fit(
 
     features: float32[N, F]. returns: float32[N]. batch: must divide N.
 
-  Raises: NonFiniteError if a loss is NaN or infinite; the last checkpoint has the critic of before.
+  Raises: NonFiniteError if a loss or the outcome is NaN or infinite; the last checkpoint has the critic of before.
   """
   order = np.concatenate([rng.permutation(len(returns)).reshape(-1, batch) for _ in range(epochs)])
   critic, loss = _fit(critic, features, returns, order.astype(np.int32), learning_rate)
@@ -99,5 +103,9 @@ def fit(
     sources = {"signals": features, "returns": returns}
     bad = [name for name, x in sources.items() if not np.isfinite(x).all()] or [f"its learning rate {learning_rate:g}"]
     where = " and ".join(bad)
-    raise NonFiniteError(f"the critic's loss is {float(loss)}: look at {where}. The last checkpoint is intact")
+    raise NonFiniteError(
+      f"the critic's fit is not finite: look at {where}. The last checkpoint is intact, and the same command again would "
+      f"meet the same data: lower interaction.critic_hp.learning_rate in a new --workdir that starts from this one's "
+      f"checkpoint (--config.init_from)"
+    )
   return critic

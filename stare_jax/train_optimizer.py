@@ -111,13 +111,13 @@ def set_learning_rate_scale(state: Any, scale: float | None = None, *, policy_sc
   def change(x: Any) -> Any:
     if not _is_injected(x):
       return x
-    moved = {name: _like(v, x.hyperparams[name]) for name, v in new.items()}
+    moved = {name: like(v, x.hyperparams[name]) for name, v in new.items()}
     return x._replace(hyperparams={**x.hyperparams, **moved})
 
   return dataclasses.replace(state, opt=jax.tree.map(change, state.opt, is_leaf=_is_injected))
 
 
-def _like(value: float, x: jax.Array) -> jax.Array:
+def like(value: float, x: jax.Array) -> jax.Array:
   """`value` with the dtype and place of x; an uncommitted array stays so, or the update would compile again."""
   value = np.asarray(value, x.dtype)
   return jax.device_put(value, x.sharding) if x.committed else jax.device_put(value)

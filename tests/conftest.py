@@ -7,6 +7,7 @@ Tests run on eight fake CPU devices, so that sharding is tested wherever the tes
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -16,13 +17,17 @@ import numpy as np
 import pytest
 
 # Before anything imports jax: both are read once. A pytest-xdist worker inherits what its controller set here, so the
-# user's environment is what is left without it.
+# user's own settings travel beside them.
 FAKE_DEVICES = "--xla_force_host_platform_device_count=8"
-USER_FLAGS = os.environ.get("XLA_FLAGS", "").replace(FAKE_DEVICES, "").strip()
-USER_ENVIRONMENT = {**os.environ, "XLA_FLAGS": USER_FLAGS}
+_USERS_OWN = "STARE_JAX_TEST_USERS_OWN"
+os.environ.setdefault(_USERS_OWN, json.dumps({name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS")}))
+USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != _USERS_OWN}
+for _name, _value in json.loads(os.environ[_USERS_OWN]).items():
+  USER_ENVIRONMENT.pop(_name, None)
+  USER_ENVIRONMENT.update({} if _value is None else {_name: _value})
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in USER_FLAGS:
-  os.environ["XLA_FLAGS"] = f"{USER_FLAGS} {FAKE_DEVICES}".strip()
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE_DEVICES}".strip()
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -106,6 +111,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, toy_environment: dic
   workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
   done = toy_run.launch(workdir, toy_environment)
   assert done.returncode == 0, done.stdout + done.stderr
+  assert "compiled again" not in done.stderr  # one program per update
   return workdir
 
 

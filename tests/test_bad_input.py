@@ -44,6 +44,7 @@ TYPOS = {
   "loss": (["--config=configs/ipi.py:smoke", "--config.preference.loss=stage_tp"], ('"stage_tp"', '"stage_tpo"')),
   "loss of another phase": (["--config=configs/ipi.py:smoke", "--config.preference.loss=ppo"], ('"ppo"', "stage_tpo")),
   "choice": (["--config=configs/ipi.py:smoke", "--config.interaction.critic=stat"], ('"stat"', 'did you mean "state"')),
+  "critic": (["--config=configs/ipi.py:smoke", "--config.interaction.critic_hp.epochs=0"], ("critic_hp", "at least 1")),
   "file": (["--config=configs/ip.py"], ("configs/ip.py",)),
   "nothing": ([], ("--config=configs/ipi.py",)),
 }

@@ -49,6 +49,14 @@ def test_it_learns_and_its_forward_pass_is_the_written_one(rng):
   assert 1 - np.var(y - found) / np.var(y) > 0.9
 
 
+def test_calibrating_moves_no_leaf(rng):
+  """A leaf in another place than before would compile the next update again."""
+  critic = jax.device_put(train_critic.init(jax.random.key(0), FEATURES), jax.devices()[1])
+  after = train_critic.calibrate(critic, rng.standard_normal((9, FEATURES)).astype(np.float32))
+  assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, critic)
+  assert {x.dtype for x in (after.mean, after.scale)} == {np.dtype("float32")}
+
+
 def test_a_feature_far_out_saturates(rng):
   """A contact force that no rollout has shown yet must not throw the baseline."""
   critic, x, _ = fitted(rng, epochs=2)

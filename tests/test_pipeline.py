@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import ml_collections
 import numpy as np
 import pytest
 
-from stare_jax import tasks
+from stare_jax import losses, pipeline, tasks
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
 from stare_jax.pipeline_run import minibatch
+from tests import toy_run
 
 HORIZON = 6
 
@@ -141,6 +143,26 @@ def test_rollout_metrics_equal_a_loop(rng):
     shaped.append(total)
   assert found["return_raw"] == pytest.approx(np.mean(raw))
   assert found["return_shaped"] == pytest.approx(np.mean(shaped), rel=1e-5)
+
+
+def test_every_preference_loss_has_its_adapter():
+  assert set(pipeline.PREFERENCE_LOSSES) == set(losses.names("preference"))
+
+
+def test_trajectory_preferences_and_the_policys_own_critic(tmp_path, toy_environment, uninterrupted):
+  """The other choice of both, through the front door, from another run's imitation."""
+  workdir = tmp_path / "run"
+  done = toy_run.launch(
+    workdir, toy_environment, f"--config.init_from={uninterrupted}/checkpoints/imitation",
+    "--config.phases=('preference','interaction')", "--config.preference.loss=tpo", "--config.interaction.critic=policy",
+    "--config.interaction.iterations=2",
+  )  # fmt: skip
+  assert done.returncode == 0 and "compiled again" not in done.stderr, done.stdout + done.stderr
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  preference, first, second = ([r for r in rows if r["phase"] == "preference"], *rows[-2:])
+  assert "pairs_1" in preference[0] and "pairs_2" not in preference[0]  # the whole episode is its only stage
+  # The head is trained in the update, and the second rollout is judged by what it learned from the first.
+  assert first["explained_variance"] == pytest.approx(0, abs=1e-3) and abs(second["explained_variance"]) > 1e-3
 
 
 def test_tasks_of_the_presets_have_stages():

@@ -27,7 +27,7 @@ def pull(arm: experts.Controller) -> Iterator[experts.Target]:
 def _slide(arm: experts.Controller, side: int, above: float) -> Iterator[experts.Target]:
   """`side` is where the fingers are, seen from the cube: -1 nearer to the robot, +1 beyond it; `above` is a height.
 
-  What to do follows from where tool and cube are now, never from what was done before: a policy that sees one image
+  The target follows from where tool and cube are now, never from what was done before: a policy that sees one image
   can learn nothing else. The hand is vertical to within a few degrees from the start and a cube does not mind, so it
   is never turned: three action dimensions carry the task.
   """
