@@ -104,8 +104,8 @@ def fit(
     bad = [name for name, x in sources.items() if not np.isfinite(x).all()] or [f"its learning rate {learning_rate:g}"]
     where = " and ".join(bad)
     raise NonFiniteError(
-      f"the critic's fit is not finite: look at {where}. The last checkpoint is intact, and the same command again would "
-      f"meet the same data: lower interaction.critic_hp.learning_rate in a new --workdir that starts from this one's "
-      f"checkpoint (--config.init_from)"
+      f"the critic's fit is not finite: look at {where}. The last checkpoint is intact, and the same command again "
+      f"would meet the same data: lower interaction.critic_hp.learning_rate in a new --workdir that starts from this "
+      f"one's checkpoint (--config.init_from)"
     )
   return critic

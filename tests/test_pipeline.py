@@ -154,8 +154,8 @@ def test_trajectory_preferences_and_the_policys_own_critic(tmp_path, toy_environ
   workdir = tmp_path / "run"
   done = toy_run.launch(
     workdir, toy_environment, f"--config.init_from={uninterrupted}/checkpoints/imitation",
-    "--config.phases=('preference','interaction')", "--config.preference.loss=tpo", "--config.interaction.critic=policy",
-    "--config.interaction.iterations=2",
+    "--config.phases=('preference','interaction')", "--config.preference.loss=tpo",
+    "--config.interaction.critic=policy", "--config.interaction.iterations=2",
   )  # fmt: skip
   assert done.returncode == 0 and "compiled again" not in done.stderr, done.stdout + done.stderr
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
