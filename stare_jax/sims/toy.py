@@ -33,17 +33,18 @@ class Toy:
     self._goal = self._cube + [-0.2, 0.0, -0.02]
     self._tcp = np.array([0.0, 0.0, 0.17])
     self._velocity = np.zeros(3)
-    self._open = 1.0
+    self._open, self._held = 1.0, False
 
   def step(self, action: np.ndarray) -> None:
     """float32[7]: three displacements, three rotations that nothing turns, gripper (+1 open)."""
     before = self._cube.copy()
     motion = _REACH * np.clip(action[:3], -1, 1).astype(np.float64)
     near = float(np.linalg.norm(self._tcp - self._cube)) < 0.02
-    self._open = float(action[6] > 0)
+    opened, self._open = self._open, float(action[6] > 0)
+    self._held = not self._open and (self._held or (near and bool(opened)))
     self._tcp = self._tcp + motion
     self._tcp[2] = max(self._tcp[2], 0.01)
-    if near and not self._open:
+    if self._held:
       self._cube = self._cube + motion
       self._cube[2] = max(self._cube[2], 0.02)
     else:
@@ -51,10 +52,11 @@ class Toy:
     self._velocity = (self._cube - before) * 20.0  # 20 control steps per second
 
   def _push(self) -> None:
-    """A gripper low enough shoves the cube out of its radius, along the table."""
+    """A gripper low enough shoves the cube out of its radius, along the table; open fingers may close around it."""
     away = self._cube[:2] - self._tcp[:2]
     distance = float(np.linalg.norm(away))
-    if self._tcp[2] < 0.05 and 0.02 < distance < _RADIUS:
+    around = 0.02 if self._open else 1e-6
+    if self._tcp[2] < 0.05 and around < distance < _RADIUS:
       self._cube[:2] = self._tcp[:2] + away * (_RADIUS / distance)
 
   def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
@@ -76,8 +78,7 @@ class Toy:
     return np.stack([low, high], axis=1) / (2 * _TABLE) * self._size
 
   def _signals(self) -> dict[str, np.ndarray]:
-    held = not self._open and float(np.linalg.norm(self._tcp - self._cube)) < 0.03
-    fingers = np.full(2, 0.04 if self._open else 0.02 if held else 0.0)
+    fingers = np.full(2, 0.04 if self._open else 0.02 if self._held else 0.0)
     values = dict(
       tcp_pose=np.concatenate([self._tcp, _DOWN]),
       object_pose=np.concatenate([self._cube, (1.0, 0.0, 0.0, 0.0)]),
@@ -85,8 +86,8 @@ class Toy:
       object_velocity=np.concatenate([self._velocity, np.zeros(3)]),
       qpos=np.concatenate([np.zeros(7), fingers]),
       qvel=np.zeros(9),
-      finger_force=np.full(2, 20.0 * held),
-      grasped=np.float32(held),
+      finger_force=np.full(2, 20.0 * self._held),
+      grasped=np.float32(self._held),
       success=np.float32(np.linalg.norm(self._cube[:2] - self._goal[:2]) < 0.1),
     )
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
