@@ -117,7 +117,7 @@ def set_learning_rate_scale(state: Any, scale: float | None = None, *, policy_sc
   return dataclasses.replace(state, opt=jax.tree.map(change, state.opt, is_leaf=_is_injected))
 
 
-def like(value: float, x: jax.Array) -> jax.Array:
+def like(value: float | np.ndarray, x: jax.Array) -> jax.Array:
   """`value` with the dtype and place of x; an uncommitted array stays so, or the update would compile again."""
   value = np.asarray(value, x.dtype)
   return jax.device_put(value, x.sharding) if x.committed else jax.device_put(value)
