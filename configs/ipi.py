@@ -14,8 +14,8 @@ PRESETS = {
   "default": {},
   "smoke": {
     "imitation.demonstrations": 24, "imitation.updates": 60, "imitation.checkpoint_every": 20,
-    "preference.starts": 4, "preference.samples": 4, "preference.updates": 4, "preference.checkpoint_every": 2,
-    "preference.optimiser.warmup_steps": 1,
+    "preference.starts": 4, "preference.samples": 4, "preference.batch": 8, "preference.updates": 4,
+    "preference.checkpoint_every": 2, "preference.optimiser.warmup_steps": 1,
     "interaction.iterations": 3, "interaction.critic_warmup": 1, "interaction.steps": 20,
     "interaction.batch": 80, "interaction.checkpoint_every": 1,
     "sim.num_envs": 8, "evaluation.episodes": 8, "report.videos": 2,
@@ -47,12 +47,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     hp=dict(smoothing_sigma=0.5),  # Gaussian soft targets over neighbouring bins; 0 is plain cross-entropy
   )  # fmt: skip
 
-  # StA-TPO on same-start pairs of the policy's own rollouts.
+  # StA-TPO on pairs of the policy's own rollouts that begin alike.
   c.preference = dict(
-    loss="stage_tpo", starts=48, samples=4, temperature=1.0, pairs_per_start=4, margin=0.05,
-    updates=40, batch=12, micro_batch=100, buckets=(50,), checkpoint_every=20,
-    optimiser=dict(learning_rate=3e-5, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
-    hp=dict(beta=4.0, cost_weight=0.5),
+    loss="stage_tpo", starts=160, samples=8, temperature=1.0, pairs_per_start=8, margin=0.1,
+    parts_before=20,  # the samples of a start part at a step drawn up to here; 0: at its beginning
+    tail=8,  # steps after they part; 0: to the horizon
+    both_failed=True,  # two that have not completed a stage are compared by its cost
+    updates=60, batch=32, micro_batch=256, buckets=(8,), checkpoint_every=20,
+    optimiser=dict(learning_rate=1e-4, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
+    hp=dict(beta=2.0, cost_weight=0.0, chosen_weight=0.0),
   )  # fmt: skip
 
   # StA-PPO in the simulator.

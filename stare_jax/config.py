@@ -104,9 +104,13 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
     raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {patch}")
   if c.preference.samples < 2 and "preference" in c.phases:
     raise ConfigError(f"preference.samples = {c.preference.samples}: a pair needs at least 2 rollouts of one start")
-  if "preference" in c.phases and max(c.preference.buckets) < c.sim.horizon:
-    raise ConfigError(f"preference.buckets = {tuple(c.preference.buckets)} hold no episode of sim.horizon = "
-                      f"{c.sim.horizon} steps: add a bucket of {c.sim.horizon}")
+  for field in ("parts_before", "tail"):
+    if not 0 <= c.preference[field] <= c.sim.horizon:
+      raise ConfigError(f"preference.{field} = {c.preference[field]}: expected 0 to sim.horizon = {c.sim.horizon}")
+  name, longest = ("preference.tail", c.preference.tail) if c.preference.tail else ("sim.horizon", c.sim.horizon)
+  if "preference" in c.phases and max(c.preference.buckets) < longest:
+    raise ConfigError(f"preference.buckets = {tuple(c.preference.buckets)} hold no episode of {name} = {longest} "
+                      f"steps: add a bucket of {longest}")
   for phase in ("preference", "interaction"):  # what acts at 0 has no log-probabilities to learn from
     if not c[phase].temperature > 0:
       raise ConfigError(f"{phase}.temperature = {c[phase].temperature}: expected more than 0, such as 1.0")

@@ -105,6 +105,7 @@ class StagedEpisode:
     cost: float32[K], unitless; the mean of d_k / L_k over the steps of stage k; NaN where stage k has no steps.
     potential: float32[T+1], Phi(s_t, g(t)); g(T) is the stage after the last action. Not zeroed at the end: the
       shaping decides what a terminal state is worth.
+    distance: float32[T], unitless, d_g / L_g at s_t in its stage g(t); `cost` is its mean by stage.
   """
 
   episode: Episode
@@ -112,6 +113,7 @@ class StagedEpisode:
   completed_at: np.ndarray
   cost: np.ndarray
   potential: np.ndarray
+  distance: np.ndarray
 
   @property
   def completed(self) -> np.ndarray:

@@ -112,13 +112,17 @@ def preference(run: Run) -> Any:
   """
   c = run.config.preference
   params = starting_params(run, "preference")
-  starts = [Start(seed, sample) for seed in run.seeds("preference", c.starts) for sample in range(c.samples)]
+  rng = np.random.default_rng([run.config.seed, *b"parts"])
+  parts = zip(run.seeds("preference", c.starts), rng.integers(0, c.parts_before + 1, c.starts))
+  starts = [Start(seed, sample, int(part)) for seed, part in parts for sample in range(c.samples)]
   fields = {k: v for k, v in run.identity("preference").items() if not k.startswith("preference.")}
-  fields |= {name: c[name] for name in ("starts", "samples", "temperature")}
+  fields |= {name: c[name] for name in ("starts", "samples", "temperature", "parts_before", "tail")}
   actor = lambda: run.actor(params, "preference", c.temperature)
-  staged = stages.annotate(run.task, gather(run, "preference", starts, actor, fields))
+  whole = stages.annotate(run.task, gather(run, "preference", starts, actor, fields, tail=c.tail or None))
+  parted = [(item, start.parts_at) for item, start in zip(whole, starts) if len(item.episode) > start.parts_at]
+  staged = [stages.after(item, step) if step else item for item, step in parted]
   rng = np.random.default_rng([run.config.seed, *b"pairs"])
-  pairs = batching.pair(staged, margin=c.margin, cap=c.pairs_per_start, rng=rng)
+  pairs = batching.pair(staged, margin=c.margin, both_failed=c.both_failed, cap=c.pairs_per_start, rng=rng)
   report.write_json(run.workdir / "data" / "preference" / "pairs.json", batching.pair_statistics(staged, pairs))
   if not pairs:
     raise ConfigError(f"no two of the {len(staged)} rollouts differ in any stage, so there is nothing to prefer: raise "

@@ -226,7 +226,12 @@ def advance_until(
 
 
 def gather(
-  run: Run, name: str, starts: Sequence[Start], make_actor: Callable[[], Any], fields: Mapping[str, Any]
+  run: Run,
+  name: str,
+  starts: Sequence[Start],
+  make_actor: Callable[[], Any],
+  fields: Mapping[str, Any],
+  **options: Any,
 ) -> list[Episode]:
   """The episodes of `starts`, from data/<name>/ where they are there already; written chunk by chunk as they come."""
   folder, episodes = run.workdir / "data" / name, []
@@ -248,7 +253,7 @@ def gather(
         bar.update(len(found))
       else:
         began = time.monotonic()
-        collector = collector or run.collector(make_actor(), progress=bar)
+        collector = collector or run.collector(make_actor(), progress=bar, **options)
         found = collector.episodes(chunk)
         meta = {"digest": digest, "fields": checkpoint.flatten_config(fields), "seconds": time.monotonic() - began}
         dataset.write(path, found, meta)

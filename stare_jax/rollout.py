@@ -21,10 +21,14 @@ from stare_jax.episode import Episode, unpack_signals
 
 
 class Start(NamedTuple):
-  """What an episode starts from: the environment seed, and which of the actor's samples it is."""
+  """What an episode starts from: the environment seed, and which of the actor's samples it is.
+
+  Before step `parts_at` a policy acts as its sample 0 does, so all samples of a seed meet the same states until there.
+  """
 
   seed: int
   sample: int = 0
+  parts_at: int = 0
 
 
 class Decision(NamedTuple):
@@ -83,6 +87,7 @@ class Collector:
     task: supplies the name and instruction that episodes carry.
     actor: decides.
     horizon: control steps until an episode is cut.
+    tail: control steps after `Start.parts_at` until it is cut, if that comes earlier; None is without limit.
     groups: how many groups the environments are split into; must divide `sim.num_envs`.
     stop_on_success: end an episode at its first success (training), or run on to the horizon (evaluation).
     check: called once per simulator round; may raise `Stop`.
@@ -93,6 +98,7 @@ class Collector:
   task: Any
   actor: Actor
   horizon: int
+  tail: int | None = None
   groups: int = 2
   stop_on_success: bool = True
   check: Callable[[], None] = lambda: None
@@ -148,7 +154,8 @@ class Collector:
       tape = tapes[env]
       if tape.start is None or tape.resetting:
         continue
-      if tape.decisions and (self._succeeded(tape) or len(tape.decisions) == self.horizon or tape.steps_left == 0):
+      if tape.decisions and (self._succeeded(tape) or len(tape.decisions) == self._limit(tape.start) or
+                             tape.steps_left == 0):  # fmt: skip
         episode = self._close(tape, last_value=float(decision.value[row]))
         done.append((int(env), tape.position, episode))
         self.progress(0, episode)
@@ -187,6 +194,9 @@ class Collector:
       np.array([len(tape.decisions) for tape in shown], np.int32),
       live,
     )
+
+  def _limit(self, start: Start) -> int:
+    return self.horizon if self.tail is None else min(self.horizon, start.parts_at + self.tail)
 
   def _succeeded(self, tape: Tape) -> bool:
     return self.stop_on_success and bool(unpack_signals(tape.signals[-1])["success"] > 0.5)
@@ -276,7 +286,7 @@ class PolicyActor:
   def __call__(self, images, signals, starts, steps, live) -> Decision:
     obs = self.policy.encode(images, [self.instruction] * len(images))
     seeds = np.array([start.seed for start in starts], np.uint32)
-    samples = np.array([start.sample for start in starts], np.uint32)
+    samples = np.array([start.sample * (at >= start.parts_at) for start, at in zip(starts, steps)], np.uint32)
     out = self.act(self.params, obs, self.key, seeds, samples, steps.astype(np.uint32), np.float32(self.temperature))
     tokens, log_prob, value = (np.asarray(x) for x in out)
     return Decision(self.policy.decode(tokens), tokens, log_prob, value)

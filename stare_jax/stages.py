@@ -22,6 +22,7 @@ and online (`Separator`: one step at a time, vectorised over environments), and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -88,6 +89,24 @@ def annotate(
   for episode in episodes:
     _check_episode(task, episode)
   return [staged for chunk in _chunks(episodes) for staged in _annotate(task, chunk, offset, home)]
+
+
+def after(item: StagedEpisode, step: int) -> StagedEpisode:
+  """The episode from s_step on, labelled as the whole: its costs are means over the steps that are left.
+
+  What was completed before counts as completed at 0.
+  """
+  if not 0 <= step < len(item.episode):
+    raise ValueError(f"step is {step}, expected one of the episode's {len(item.episode)} steps")
+  episode, stages = item.episode, len(item.cost)
+  fields = ("images", "signals", "actions", "tokens", "log_prob", "value")
+  rest = dataclasses.replace(episode, **{name: getattr(episode, name)[step:] for name in fields})
+  stage, distance = item.stage_id[step:], item.distance[step:]
+  steps = np.bincount(stage, minlength=stages)
+  total = np.bincount(stage, weights=distance, minlength=stages)
+  cost = np.where(steps > 0, total / np.maximum(steps, 1), np.nan).astype(np.float32)
+  completed_at = np.where(item.completed_at >= 0, np.maximum(item.completed_at - step, 0), -1).astype(np.int32)
+  return StagedEpisode(rest, stage, completed_at, cost, item.potential[step:], distance)
 
 
 class Separator:
@@ -344,6 +363,6 @@ def _annotate(task: TaskRules, episodes: list[Episode], offset: float, home: int
   steps = np.bincount(cell, minlength=count * stages)
   cost = np.where(steps > 0, total / np.maximum(steps, 1), np.nan).astype(np.float32).reshape(count, stages)
   return [
-    StagedEpisode(episode, stage[a : a + n - 1], completed_at[e], cost[e], phi[a : a + n])
+    StagedEpisode(episode, stage[a : a + n - 1], completed_at[e], cost[e], phi[a : a + n], ratio[a : a + n - 1])
     for e, (episode, a, n) in enumerate(zip(episodes, start, size, strict=True))
   ]

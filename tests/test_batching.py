@@ -40,6 +40,7 @@ def staged_episode(seed: int, completed: int, cost, steps: int = 4, index: int =
     completed_at=np.where(np.arange(stages) < completed, np.arange(stages) + 1, -1).astype(np.int32),
     cost=np.array(cost, np.float32),
     potential=np.zeros(steps + 1, np.float32),
+    distance=np.zeros(steps, np.float32),
   )
 
 

@@ -65,7 +65,10 @@ def test_a_config_is_locked():
   (dict(sim__image_size=20), ("sim.image_size = 20", "patch_size = 8")),
   (dict(imitation__demonstrations=0), ("imitation.demonstrations = 0",)),
   (dict(preference__samples=1), ("preference.samples = 1", "at least 2")),
-  (dict(preference__buckets=(8,)), ("preference.buckets", "12")),
+  (dict(preference__buckets=(7,)), ("preference.buckets", "preference.tail = 8")),
+  (dict(preference__buckets=(8,), preference__tail=0), ("preference.buckets", "sim.horizon = 12")),
+  (dict(preference__tail=13), ("preference.tail = 13", "0 to sim.horizon = 12")),
+  (dict(preference__parts_before=-1), ("preference.parts_before = -1",)),
   (dict(preference__temperature=0.0), ("preference.temperature = 0.0",)),
   (dict(interaction__hp__discount=1.5), ("interaction.hp.discount = 1.5", "0 to 1")),
 ])  # fmt: skip

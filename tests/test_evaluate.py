@@ -30,6 +30,7 @@ def staged(success, completed_at, *, seed=0, terminated=False, task="pull_cube")
   return StagedEpisode(
     episode=episode, stage_id=np.zeros(steps, np.int32), completed_at=np.asarray(completed_at, np.int32),
     cost=np.zeros(k, np.float32), potential=np.zeros(steps + 1, np.float32),
+    distance=np.zeros(steps, np.float32),
   )
 
 

@@ -75,6 +75,21 @@ def test_stage_tpo_is_the_equation(seed, jit):
 
 @eager_and_jit
 @seeds
+def test_the_chosen_weight_adds_the_likelihood_of_the_preferred(seed, jit):
+  log_ratio, stage_id, cost, sign = batch = draw(seed)
+  plain, _ = stage_tpo(*batch)
+  loss, metrics = jit(functools.partial(stage_tpo, chosen_weight=0.4))(*batch)
+  q = [
+    np.mean([log_ratio[b if sign[b, k] > 0 else B + b, t] for t in range(T)
+             if stage_id[b if sign[b, k] > 0 else B + b, t] == k])
+    for b, k in margins(*batch)
+  ]  # fmt: skip
+  np.testing.assert_allclose(loss, plain - 0.4 * np.mean(q), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(metrics["chosen"].value(), np.mean(q), rtol=1e-4, atol=1e-6)
+
+
+@eager_and_jit
+@seeds
 def test_tpo_is_the_equation(seed, jit):
   log_ratio, stage_id, _, sign = draw(seed)
   valid = stage_id >= 0

@@ -52,7 +52,8 @@ def staged(rng: np.random.Generator, length: int, terminated: bool, stages: int 
   )  # fmt: skip
   completed_at = np.where(np.arange(stages) < reached, length, -1).astype(np.int32)
   potential = rng.random(length + 1).astype(np.float32) + reached
-  return StagedEpisode(episode, np.zeros(length, np.int32), completed_at, np.zeros(stages, np.float32), potential)
+  zeros = np.zeros(length, np.float32)
+  return StagedEpisode(episode, zeros.astype(np.int32), completed_at, np.zeros(stages, np.float32), potential, zeros)
 
 
 def rollout(rng: np.random.Generator) -> list[list[StagedEpisode]]:

@@ -254,6 +254,19 @@ def test_samples_depend_on_seed_sample_and_step_not_on_the_slot():
   assert (later[1] != later[0]).any()
 
 
+def test_samples_of_a_start_part_where_they_are_told_to(sim):
+  starts = [Start(5, sample, 4) for sample in range(3)] + [Start(5, 0), Start(5, 1)]
+  *parting, whole, other = collector(sim, sampler(), tail=3).episodes(starts)
+  assert [len(episode) for episode in (*parting, whole)] == [7, 7, 7, 3]
+  whole, other = collector(sim, sampler()).episodes(starts[3:])
+  for sample, episode in enumerate(parting):
+    np.testing.assert_array_equal(episode.tokens[:4], whole.tokens[:4])
+    np.testing.assert_array_equal(episode.signals[:5], whole.signals[:5])  # s_4 still comes before they part
+    own = (whole, other)[sample] if sample < 2 else None
+    assert own is None or (episode.tokens[4:] == own.tokens[4:7]).all()  # its own sample's draws, as ever
+  assert (parting[0].tokens[4] != parting[1].tokens[4]).any() and (parting[1].tokens[4] != parting[2].tokens[4]).any()
+
+
 @pytest.mark.multiprocess
 def test_a_policy_samples_the_same_in_any_group_and_after_a_death():
   with make() as pool:

@@ -239,6 +239,27 @@ def test_cost_and_potential_equal_loops(monkeypatch):
     np.testing.assert_array_equal(a.cost, b.cost)
 
 
+def test_what_is_left_of_an_episode_keeps_its_labels():
+  rng = np.random.default_rng(3)
+  task = pattern_task(4)
+  for item in stages.annotate(task, [pattern_episode(rng.random((t, 4)) < 0.2, rng) for t in range(3, 20)]):
+    step = int(rng.integers(1, len(item.episode)))
+    rest = stages.after(item, step)
+    assert len(rest.episode) == len(item.episode) - step and len(rest.episode.signals) == len(rest.episode) + 1
+    for field in ("images", "signals", "actions", "tokens", "log_prob", "value"):
+      np.testing.assert_array_equal(getattr(rest.episode, field), getattr(item.episode, field)[step:])
+    np.testing.assert_array_equal(rest.stage_id, item.stage_id[step:])
+    np.testing.assert_array_equal(rest.completed, item.completed)
+    for before, now in zip(item.completed_at, rest.completed_at, strict=True):
+      assert now == (max(before - step, 0) if before >= 0 else -1)
+    for k in range(4):
+      mine = [item.distance[t] for t in range(step, len(item.episode)) if item.stage_id[t] == k]
+      assert np.isnan(rest.cost[k]) if not mine else np.isclose(rest.cost[k], np.mean(mine), rtol=1e-5)
+    np.testing.assert_allclose(stages.after(item, 0).cost, item.cost, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected one of"):
+      stages.after(item, len(item.episode))
+
+
 def test_online_potential_equals_offline():
   rng = np.random.default_rng(2)
   task = pattern_task(3)

@@ -20,19 +20,29 @@ from stare_jax.losses.ops import Array, Mean
 
 
 def stage_tpo(
-  log_ratio: Array, stage_id: Array, cost: Array, sign: Array, *, beta: float, cost_weight: float
+  log_ratio: Array,
+  stage_id: Array,
+  cost: Array,
+  sign: Array,
+  *,
+  beta: float,
+  cost_weight: float,
+  chosen_weight: float = 0.0,
 ) -> tuple[Array, dict[str, Mean]]:
   """Stage-aware trajectory preference (Eq. StA-TPO).
 
       q[e,k]  = 1/T_k sum_{t in k} log pi(a_t|o_t) - log pi_ref(a_t|o_t)
       q_hat   = q - cost_weight * cost
       loss    = mean over existing (b,k) of -log sigmoid(beta * (q_hat of the preferred - q_hat of the other))
+                                            - chosen_weight * q of the preferred
 
     log_ratio: float32[E, T], nats per action (summed over its tokens); rows b and B + b are pair b.
     stage_id: int32[E, T], 0-based; -1 is padding.
     cost: float32[E, K], unitless stage costs; NaN where the stage has no steps.
     sign: int8[B, K]. A stage in which either episode has no steps is no pair, whatever the sign.
     beta: 1/nats. cost_weight: the paper's lambda, nats per unit of cost.
+    chosen_weight: 1/nats, 0 in the paper. A preference alone is content to push the other episode down; this term is
+      the likelihood of what was preferred, and holds it up.
   Returns: loss float32[], metrics over the existing (pair, stage): loss, margin (the sigmoid's argument),
     accuracy (q alone, without the costs, ranks the pair rightly; a tie is wrong), chosen and rejected (their
     q, nats), cost_gap (what the costs add to the gap, nats), and pairs_1 .. pairs_K, the share of the B pairs
@@ -56,7 +66,7 @@ def stage_tpo(
   cost_gap = cost_weight * jnp.where(sign > 0, cost_b - cost_a, cost_a - cost_b)
   # Masked before log_sigmoid: what does not exist must not reach the gradient.
   margin = jnp.where(exists, beta * (chosen - rejected + cost_gap), 0.0)
-  loss = Mean.of(-jax.nn.log_sigmoid(margin), exists)
+  loss = Mean.of(-jax.nn.log_sigmoid(margin) - chosen_weight * jnp.where(exists, chosen, 0.0), exists)
   return loss.value(), {
     "loss": loss,
     "margin": Mean.of(margin, exists),
