@@ -148,30 +148,37 @@ def test_patch_embedding_is_the_convolution(fused, rng):
 
 @pytest.mark.parametrize("towers", ["siglip", "dino"])
 def test_one_vision_transformer_and_two_projector_layers(folders, towers, rng):
-  policy, params = policies.load(folders[towers], compute_dtype="float32", param_dtype="float32")
+  config = openvla_files.folder_config(folders[towers], {"compute_dtype": "float32"})
+  tensors = {name: x.astype(np.float32) for name, x in public.read(folders[towers]).items()}
+  params = openvla_files.to_params(config, tensors)
   other = {"siglip": "dino", "dino": "siglip"}[towers]
-  assert set(params["vision"]) == {towers} and getattr(policy.config, other) is None
+  assert set(params["vision"]) == {towers} and getattr(config, other) is None
   image = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
   features = openvla.encode_vision(
-    params["vision"][towers], jnp.float32(image) / 255, getattr(policy.config, towers), policy.config
+    params["vision"][towers], jnp.float32(image) / 255, getattr(config, towers), config
   )
-  tensors = {name: x.astype(np.float32) for name, x in public.read(folders[towers]).items()}
   w = lambda name: (tensors[f"projector.{name}.weight"].T, tensors[f"projector.{name}.bias"])
   (w1, b1), (w2, b2) = w("fc1"), w("fc2")
   hidden = np.asarray(features) @ w1 + b1
   expected = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / np.sqrt(2))) @ w2 + b2
-  np.testing.assert_allclose(openvla.encode_image(params, image, policy.config), expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(openvla.encode_image(params, image, config), expected, rtol=1e-4, atol=1e-5)
 
 
 MESHES = {
-  "fsdp": dict(data=1, fsdp=8), "tensor": dict(data=4, tensor=2), "mixed": dict(data=2, fsdp=2, tensor=2),
+  "fsdp": dict(data=1, fsdp=8), "mixed": dict(data=2, fsdp=2, tensor=2),
 }  # fmt: skip
 
 
+@pytest.fixture
+def on_device(monkeypatch):
+  """Every parameter is put together on the device, as large ones are."""
+  monkeypatch.setattr(openvla_files, "STAGED_BYTES", 0)
+
+
 @pytest.mark.parametrize("sizes_", MESHES.values(), ids=MESHES)
-def test_loading_onto_a_mesh_equals_loading_onto_one_device(folders, fused, sizes_):
+def test_loading_onto_a_mesh_equals_loading_onto_one_device(folders, fused, on_device, sizes_):
   mesh = sharding.make_mesh(sizes_)
-  policy, params = openvla_files.load(folders["fused"], mesh=mesh)
+  policy, params = policies.load(folders["fused"], mesh=mesh)
   places = sharding.shardings(params, policy.param_axes, mesh)
   assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, params, places))
   assert jax.tree.map(bits, params) == jax.tree.map(bits, fused[1])
@@ -195,6 +202,19 @@ def test_a_process_reads_only_what_its_devices_hold(folders, monkeypatch):
   piece = openvla_files._piece(t, entries[t.name], where)
   assert read == [t.size // 4] * 4
   assert {shard.data.shape for shard in piece.addressable_shards} == {(24, 16)}
+
+
+def test_every_bit_pattern_survives_the_device(tmp_path):
+  """NaN, infinities and subnormal numbers too: weights are moved, never computed with."""
+  every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)
+  public.library.save_file({"v.weight": every}, tmp_path / "x.safetensors")
+  entry = tensor_files.read_header(tmp_path / "x.safetensors")["v.weight"]
+  t, full = openvla_names._fused("v", "qkv", 256, 256, 2, 1), (2, 256, 3, 256)
+  leaf = None
+  for layer in (0, 1):
+    leaf = openvla_files._fill(leaf, t._replace(start=(layer, 0, 2, 0)), entry, full, every.dtype, None)
+  assert bits(np.asarray(leaf)[0, :, 2].T) == bits(every)
+  assert bits(openvla_files._take(leaf, t, every.dtype)) == bits(every)
 
 
 def test_dtype_is_the_files_unless_asked(tmp_path, folders):
@@ -316,7 +336,10 @@ def test_round_trip_bit_for_bit(tmp_path, folders, towers, files):
   assert jax.tree.map(bits, openvla_files.load(out)[1]) == jax.tree.map(bits, params)  # the value head too
 
 
-def test_from_a_mesh_only_what_was_trained_changes(tmp_path, folders):
+@pytest.mark.parametrize("where", ["on the device", "on the host"])
+def test_from_a_mesh_only_what_was_trained_changes(tmp_path, folders, monkeypatch, where):
+  if where == "on the device":
+    monkeypatch.setattr(openvla_files, "STAGED_BYTES", 0)
   source = folders["fused"]
   policy, params = openvla_files.load(source, mesh=sharding.make_mesh(MESHES["mixed"]))
   qkv, fc1 = params["llm"]["layers"]["attn"]["qkv"], params["value"]["fc1"]
@@ -328,6 +351,7 @@ def test_from_a_mesh_only_what_was_trained_changes(tmp_path, folders):
   v = "language_model.model.layers.1.self_attn.v_proj.weight"
   assert {name for name in before if bits(before[name]) != bits(after[name])} == {v}
   np.testing.assert_array_equal(after[v].astype(np.float32), 2 * before[v].astype(np.float32))
+  monkeypatch.undo()
   again = openvla_files.load(out, unnorm_key="pull_cube")
   assert jax.tree.map(bits, again[1]) == jax.tree.map(bits, params)
   assert again[1]["value"]["fc1"]["bias"].dtype == jnp.float32  # in the dtype that it was trained in
@@ -565,7 +589,7 @@ def test_convert_says_what_is_wrong(tmp_path, folders, capsys):
   assert "--to-public needs --source" in capsys.readouterr().err
 
 
-def test_a_run_starts_from_a_converted_folder(tmp_path, monkeypatch):
+def test_a_run_starts_from_a_converted_folder(tmp_path, monkeypatch, rng):
   """As --config.init_from, through what the pipeline checks."""
   one = jax.devices()[:1]
   monkeypatch.setattr(sharding, "make_mesh", lambda sizes=None, make=sharding.make_mesh: make(dict(data=1), one))
@@ -574,7 +598,9 @@ def test_a_run_starts_from_a_converted_folder(tmp_path, monkeypatch):
     config.policy.options.projector = 128  # 4 x features, as public ones have it
   options = {**config.policy.options.to_dict(), "image_size": config.sim.image_size}
   network = sizes.configure("tiny", options)
-  params = openvla.init(network, jax.random.key(5))
+  params = openvla_names.nest({
+    path: rng.standard_normal(shape).astype(np.float32) for path, shape in openvla_names.shapes(network).items()
+  })  # fmt: skip
   stats = policies.ActionStats(q01=-np.ones(7, np.float32), q99=np.ones(7, np.float32), mask=np.arange(7) < 6)
   folder = openvla_files.save(tmp_path / "public", network, params, stats=stats)
   convert.to_orbax(folder, tmp_path / "orbax")

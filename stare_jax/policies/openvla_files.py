@@ -1,7 +1,8 @@
 """Public OpenVLA checkpoints: a folder to (policy, parameters) on any mesh, and back to a folder of the same format.
 
 Reading goes tensor by tensor: each is cut as its parameter is sharded, this process reads its own pieces, and the
-device writes them into the stacked parameter in place. The host holds one tensor at a time, whatever the mesh. All
+device writes them into the stacked parameter in place. The host holds one tensor at a time, whatever the mesh, and the
+small parameters (norms, biases), which are put together there: a program each would take longer to compile. All
 names, shapes, dtypes and file lengths are checked before the first one is read.
 
 Writing goes tensor by tensor too, into a folder beside the target that takes its name when it is complete. What was not
@@ -40,6 +41,7 @@ __all__ = ["folder_config", "load", "make_policy", "read_params", "save", "to_pa
 
 VALUE_FILE = "value_head.safetensors"
 SHARD_BYTES = 5_000_000_000
+STAGED_BYTES = 16 << 20  # parameters up to this size are put together, and taken apart, on the host
 Params = dict[str, Any]
 
 
@@ -117,15 +119,28 @@ def read_params(
   full = names.shapes(config)
   where = {path: _place(path, shape, mesh) for path, shape in full.items()}
   leaves: dict[str, jax.Array] = {}
+  staged: dict[str, np.ndarray] = {}
   for t, entry, dtype in jobs:
-    # Waiting keeps the host from reading ahead of the device: every tensor on its way is a copy in memory.
-    leaves[t.path] = jax.block_until_ready(_fill(leaves.get(t.path), t, entry, full[t.path], dtype, where[t.path]))
-  params = names.nest(leaves)
+    path, shape = t.path, full[t.path]
+    if math.prod(shape) * dtype.itemsize <= STAGED_BYTES:
+      names.fill(staged.setdefault(path, np.zeros(shape, dtype)), t, tensor_files.view(entry))
+    else:
+      # Waiting keeps the host from reading ahead of the device: every tensor on its way is a copy in memory.
+      leaves[path] = jax.block_until_ready(_fill(leaves.get(path), t, entry, shape, dtype, where[path]))
+  places = {path: where[path] for path in staged}
+  params = names.nest(leaves | (jax.device_put(staged) if mesh is None else sharding.place(staged, places)))
   if "value" not in params:
-    part = {path.partition("/")[2]: place for path, place in where.items() if path.startswith("value/")}
-    start = jax.jit(functools.partial(openvla.init, config, part="value"), out_shardings=names.nest(part))
+    start = _fresh_value(config, mesh)
     params["value"] = start(sharding.replicate(jax.random.key(0) if key is None else key, mesh))
   return params
+
+
+@functools.lru_cache(maxsize=16)
+def _fresh_value(config: Config, mesh: Mesh | None) -> Callable[[jax.Array], Params]:
+  """key -> a value head as `openvla.init` makes it, where it belongs."""
+  shapes = names.shapes(config, "value/")
+  places = {path.removeprefix("value/"): _place(path, shape, mesh) for path, shape in shapes.items()}
+  return jax.jit(functools.partial(openvla.init, config, part="value"), out_shardings=names.nest(places))
 
 
 def _dtype_of(folder: str | os.PathLike) -> str:
@@ -253,10 +268,15 @@ def save(
   files = tensor_files.shards(wide_first, shard_bytes) | {VALUE_FILE: value}
   table = {t.name: t for t in (*names.tensors(config), *names.value_tensors(config))}
 
+  @functools.cache
+  def fetched(path: str) -> Any:
+    x = names.leaf(params, path)
+    return np.asarray(_whole(x)) if isinstance(x, jax.Array) and x.nbytes <= STAGED_BYTES else x
+
   def arrays(rows: list[Plan]) -> Iterator[np.ndarray]:
     for row in rows:
       t = table[row.name]
-      yield _take(names.leaf(params, t.path), t, row.dtype) if t.path else tensor_files.view(dead[t.name])
+      yield _take(fetched(t.path), t, row.dtype) if t.path else tensor_files.view(dead[t.name])
 
   if jax.process_index() == 0:
     _write(folder, config, source, stats and openvla_config.statistics_json(dataset, stats), files, arrays)
@@ -288,11 +308,15 @@ def _check_save(folder: pathlib.Path, config: Config, params: Any, source: Any) 
   return {t.name: entries[t.name] for t in names.tensors(config) if not t.path and t.name in entries}
 
 
+def _whole(x: jax.Array) -> jax.Array:
+  """On every device of its mesh, from where the host can read it in every process."""
+  return jax.device_put(x, NamedSharding(x.sharding.mesh, P())) if isinstance(x.sharding, NamedSharding) else x
+
+
 def _take(leaf: Any, t: Tensor, dtype: np.dtype) -> np.ndarray:
   """One public tensor out of a parameter, on the host."""
   if not isinstance(leaf, jax.Array):
-    block = np.asarray(leaf)[tuple(slice(a, a + n) for a, n in zip(t.start, t.block))]
-    return names.from_block(t, block).astype(dtype, copy=False)
+    return names.take(leaf, t).astype(dtype, copy=False)
   where = leaf.sharding
   whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
   start = [np.int32(a) for a, n, m in zip(t.start, t.block, leaf.shape) if n != m]

@@ -59,6 +59,17 @@ def from_block(tensor: Tensor, x: Any) -> Any:
   return x.reshape([tensor.split[a] for a in tensor.axes]).transpose(inverse).reshape(tensor.shape)
 
 
+def fill(parameter: np.ndarray, tensor: Tensor, x: np.ndarray) -> None:
+  """Writes a public tensor into its place, on the host; casts to the parameter's dtype."""
+  parameter[tuple(slice(a, a + n) for a, n in zip(tensor.start, tensor.block))] = from_public(tensor, x)
+
+
+def take(parameter: Any, tensor: Tensor) -> np.ndarray:
+  """A public tensor out of its parameter, on the host."""
+  block = np.asarray(parameter[tuple(slice(a, a + n) for a, n in zip(tensor.start, tensor.block))])
+  return np.ascontiguousarray(from_block(tensor, block))
+
+
 def _tensor(name, shape, path, *, split=None, axes=None, block=None, start=None, layer=None) -> Tensor:
   split = shape if split is None else split
   axes = tuple(range(len(split))) if axes is None else axes
@@ -251,8 +262,7 @@ def to_params(config: Config, arrays: Mapping[str, np.ndarray], *, key: jax.Arra
   for t in table:
     if t.path:
       x = np.asarray(arrays[t.name])
-      target = out.setdefault(t.path, np.zeros(full[t.path], x.dtype))
-      target[tuple(slice(a, a + n) for a, n in zip(t.start, t.block))] = from_public(t, x)
+      fill(out.setdefault(t.path, np.zeros(full[t.path], x.dtype)), t, x)
   params = nest(out)
   if not has_value:
     params["value"] = jax.tree.map(np.asarray, openvla.init(config, jax.random.key(0) if key is None else key, "value"))
@@ -266,5 +276,4 @@ def to_public(config: Config, params: Any, *, value: bool = False) -> Iterator[t
   """
   for t in tensors(config) + (value_tensors(config) if value else []):
     if t.path:
-      block = np.asarray(leaf(params, t.path)[tuple(slice(a, a + n) for a, n in zip(t.start, t.block))])
-      yield t.name, np.ascontiguousarray(from_block(t, block))
+      yield t.name, take(leaf(params, t.path), t)
