@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -204,8 +205,8 @@ def test_a_process_reads_only_what_its_devices_hold(folders, monkeypatch):
   assert {shard.data.shape for shard in piece.addressable_shards} == {(24, 16)}
 
 
-def test_every_bit_pattern_survives_the_device(tmp_path):
-  """NaN, infinities and subnormal numbers too: weights are moved, never computed with."""
+def test_every_number_survives_the_device(tmp_path):
+  """Infinities, signed zeros and subnormal numbers to the bit. A NaN stays one; XLA's CPU programs choose its bits."""
   every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)
   public.library.save_file({"v.weight": every}, tmp_path / "x.safetensors")
   entry = tensor_files.read_header(tmp_path / "x.safetensors")["v.weight"]
@@ -213,8 +214,10 @@ def test_every_bit_pattern_survives_the_device(tmp_path):
   leaf = None
   for layer in (0, 1):
     leaf = openvla_files._fill(leaf, t._replace(start=(layer, 0, 2, 0)), entry, full, every.dtype, None)
-  assert bits(np.asarray(leaf)[0, :, 2].T) == bits(every)
-  assert bits(openvla_files._take(leaf, t, every.dtype)) == bits(every)
+  number = ~np.isnan(every.astype(np.float32))
+  assert number.sum() == 2**16 - 2 * 127
+  for back in (np.asarray(leaf)[0, :, 2].T, openvla_files._take(leaf, t, every.dtype)):
+    assert bits(back[number]) == bits(every[number]) and np.isnan(back[~number].astype(np.float32)).all()
 
 
 def test_dtype_is_the_files_unless_asked(tmp_path, folders):
@@ -611,7 +614,49 @@ def test_a_run_starts_from_a_converted_folder(tmp_path, monkeypatch, rng):
   assert jax.tree.map(bits, run.stats) == jax.tree.map(bits, stats)
 
 
-# Memory ----------------------------------------------------------------------------------------------------
+# Several processes, and memory -----------------------------------------------------------------------------
+
+PROCESS = """
+import sys, jax, numpy as np
+rank, port, folder, out = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+from stare_jax import sharding
+from stare_jax.policies import openvla_files, tensor_files
+openvla_files.STAGED_BYTES = 1000  # some parameters on the host, some on the devices
+policy, params = openvla_files.load(folder, mesh=sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}))
+head = params["llm"]["head"]["table"]
+assert not head.is_fully_addressable
+entry = tensor_files.read_folder(folder)["language_model.lm_head.weight"]
+for shard in head.addressable_shards:
+  np.testing.assert_array_equal(np.asarray(shard.data), tensor_files.view(entry)[shard.index])
+openvla_files.save(out, policy, params, folder)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_two_processes_load_and_save_together(tmp_path, folders, user_environment):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  env = user_environment | {
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+  }  # fmt: skip
+  command = [sys.executable, "-c", PROCESS]
+  paths = [str(folders["fused"]), str(tmp_path / "out")]
+  both = [subprocess.Popen([*command, str(rank), port, *paths], env=env, stderr=subprocess.PIPE, text=True)
+          for rank in range(2)]  # fmt: skip
+  try:
+    told = [process.communicate(timeout=500)[1] for process in both]
+  finally:
+    for process in both:
+      process.kill()
+  assert [process.returncode for process in both] == [0, 0], "\n".join(told)
+  before, after = public.read(folders["fused"]), public.read(tmp_path / "out")
+  assert {name: bits(x) for name, x in before.items()} == {name: bits(x) for name, x in after.items()}
+
+
 
 MEMORY = """
 import resource, sys, jax, jax.numpy as jnp
@@ -630,8 +675,8 @@ print("PEAK", sum(x.nbytes for x in jax.tree.leaves(params)), loaded - before, p
 
 @pytest.mark.slow
 def test_the_host_holds_one_tensor_at_a_time(tmp_path, user_environment):
-  """On CPU the parameters themselves are host memory; what comes on top of them is bounded by the largest tensor."""
-  llm = dict(width=1024, depth=12, heads=8, mlp=2816, vocabulary=8192 + 64, padding=64)
+  """On CPU the parameters are host memory themselves; what comes on top is far less than one stacked parameter."""
+  llm = dict(width=1024, depth=24, heads=8, mlp=2816, vocabulary=8192 + 64, padding=64)
   shapes = public.public_shapes(FUSED, llm=llm)
   tensors = {name: np.full(shape, 0.01, ml_dtypes.bfloat16) for name, shape in shapes.items()}
   folder = public.write(tmp_path / "public", FUSED, tensors, files=2)
@@ -644,6 +689,8 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path, user_environment):
   assert done.returncode == 0, done.stderr
   total, loading, saving = map(int, done.stdout.split()[-3:])
   print(f"parameters {total}, largest tensor {largest}, peak while loading {loading}, and while saving {saving}")
-  assert total > 300 << 20
-  assert loading - total < 4 * largest + (96 << 20)
-  assert saving - total < 4 * largest + (96 << 20)
+  stacked = 2 * 24 * 1024 * 2 * 2816  # gate and up of all layers
+  room = 4 * largest + (96 << 20)  # compiled programs, and what the allocator keeps
+  assert total > 600 << 20 and room < 0.7 * stacked
+  assert loading - total < room
+  assert saving - total < room
