@@ -659,10 +659,11 @@ def test_two_processes_load_and_save_together(tmp_path, folders, user_environmen
 
 
 MEMORY = """
-import resource, sys, jax, jax.numpy as jnp
+import sys, jax, jax.numpy as jnp
 from stare_jax.policies import openvla_files
 folder, out = sys.argv[1:]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+peak = lambda: 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
 jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.zeros(8)))
 policy = openvla_files.make_policy(folder)
 before = peak()
@@ -690,7 +691,8 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path, user_environment):
   total, loading, saving = map(int, done.stdout.split()[-3:])
   print(f"parameters {total}, largest tensor {largest}, peak while loading {loading}, and while saving {saving}")
   stacked = 2 * 24 * 1024 * 2 * 2816  # gate and up of all layers
-  room = 4 * largest + (96 << 20)  # compiled programs, and what the allocator keeps
-  assert total > 600 << 20 and room < 0.7 * stacked
+  room = 4 * largest + (120 << 20)  # compiled programs, and what the allocator keeps
+  assert total > 600 << 20 and room < 0.75 * stacked
+  assert loading > total  # the measure sees the parameters
   assert loading - total < room
   assert saving - total < room
