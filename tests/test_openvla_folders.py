@@ -1,0 +1,244 @@
+"""What a public OpenVLA folder says beside its weights; and a bad folder, which is refused before anything is read."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import struct
+
+import numpy as np
+import public_model as public
+import pytest
+
+from stare_jax import policies
+from stare_jax.checkpoint import CheckpointError
+from stare_jax.policies import openvla, openvla_config, openvla_files, tensor_files
+
+FUSED = [public.DINO, public.SIGLIP]
+TENSORS = public.draw(public.public_shapes(FUSED))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A checkpoint in one file, to be broken."""
+  return public.write(tmp_path / "broken", FUSED, TENSORS)
+
+
+def edit(path: pathlib.Path, change) -> None:
+  found = json.loads(path.read_text())
+  change(found)
+  path.write_text(json.dumps(found))
+
+
+# Statistics and tokenizer ----------------------------------------------------------------------------------
+
+
+def test_statistics_of_one_of_several_data_sets(folder):
+  other = {"action": {"q01": [0.0] * 7, "q99": [2.0] * 7}}
+  edit(folder / "config.json", lambda c: c["norm_stats"].update(libero_goal_no_noops=other))
+  with pytest.raises(CheckpointError, match="2 data sets; choose one with unnorm_key=: bridge_orig, libero_goal"):
+    openvla_config.read_statistics(folder)
+  with pytest.raises(CheckpointError, match="no action statistics of 'bridge'; did you mean 'bridge_orig'"):
+    openvla_config.read_statistics(folder, "bridge")
+  name, stats = openvla_config.read_statistics(folder, "libero_goal")
+  assert name == "libero_goal_no_noops" and stats.mask.all()  # no mask: everything is normalised
+  name, stats = openvla_config.read_statistics(folder, "bridge_orig")
+  np.testing.assert_array_equal(stats.q99, np.float32(public.BRIDGE["q99"]))
+  assert stats.mask.tolist() == public.BRIDGE["mask"]
+
+
+def test_statistics_beside_the_weights_replace_those_of_the_configuration(folder):
+  (folder / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": {"q01": [-1, 0], "q99": [1, 1]}}}))
+  name, stats = openvla_config.read_statistics(folder)
+  assert name == "mine" and len(stats.q01) == 2
+  with pytest.raises(CheckpointError, match="did you mean 'mine'"):
+    openvla_config.read_statistics(folder, "bridge_orig")
+  assert openvla_files.make_policy(folder).config.action_size == 2
+
+
+def test_prompt_is_the_template_and_ends_with_the_start_token(folder):
+  policy = openvla_files.make_policy(folder)
+  obs = policy.encode(np.zeros((1, 8, 8, 3), np.uint8), ["Put the SPOON to bed"])
+  ids = obs.prompt[0][obs.prompt_mask[0]].tolist()
+  tokenizer = public.tokenizer()
+  text = tokenizer.encode("In: What action should the robot take to put the spoon to bed?\nOut:").ids
+  assert ids == [1, *text, 3] and tokenizer.id_to_token(3) == "▁"
+  assert tokenizer.id_to_token(ids[1]) == "▁In" and "▁spoon" in [tokenizer.id_to_token(i) for i in ids]
+  # A prompt that ends with a blank has the start token already, and gets no second one.
+  config = policy.config
+  blank = openvla_config.Tokenizer(tokenizer, 3)(config.template.format(instruction="go") + " ")
+  assert blank[-1] == 3
+  ids, mask = openvla.encode_prompt(config, lambda text: blank, "go")
+  assert ids[mask].tolist() == [1, *blank]
+
+
+def test_vicuna_prompt_of_v01(folder):
+  edit(folder / "config.json", lambda c: c.update(llm_backbone_id="vicuna-v15-7b"))
+  template = openvla_files.folder_config(folder).template
+  assert template.startswith("A chat between a curious user and an artificial intelligence assistant.")
+  assert template.endswith(" USER: What action should the robot take to {instruction}? ASSISTANT:")
+
+
+def test_a_tokenizer_that_does_not_fit(folder):
+  tokenizer = public.tokenizer()
+  tokenizer.add_tokens([f"<{i}>" for i in range(400)])
+  tokenizer.save(str(folder / "tokenizer.json"))
+  with pytest.raises(CheckpointError, match="is another model's: 4.. tokens with <s> 1 and ▁ 3, expected at most 384"):
+    openvla_files.make_policy(folder)
+  (folder / "tokenizer.json").write_text("{}")
+  with pytest.raises(CheckpointError, match=r"tokenizer.json is no tokenizer \("):
+    openvla_files.make_policy(folder)
+  (folder / "tokenizer.json").unlink()
+  with pytest.raises(CheckpointError, match="has no tokenizer.json; save it there"):
+    openvla_files.make_policy(folder)
+  assert openvla_files.make_policy(folder, tokenizer=lambda text: [5], start=7).config.start == 7
+
+
+# What is refused -------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+  """The checkpoint with other tensors."""
+  tensors = public.read(folder)
+  change(tensors)
+  public.library.save_file(tensors, folder / "model.safetensors")
+
+
+def cut(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-10])
+
+
+def lengthen(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes() + b"junk")
+
+
+def headless(folder):
+  (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+
+
+def garbled(folder):
+  text = b'{"a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 6]}}'
+  (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 6)
+
+
+def gap(folder):
+  text = b'{"a": {"dtype": "BF16", "shape": [2], "data_offsets": [4, 8]}}'
+  (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+
+
+def pickled(folder):
+  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def adapters(folder):
+  (folder / "model.safetensors").unlink()
+  (folder / "adapter_config.json").write_text("{}")
+
+
+LM_HEAD = "language_model.lm_head.weight"
+BROKEN = {
+  "missing": (lambda f: rewrite(f, lambda t: t.pop(LM_HEAD)), r"1 tensors are missing \['language_model.lm_head"),
+  "extra": (lambda f: rewrite(f, lambda t: t.update(more=t[LM_HEAD])), r"1 are unknown \['more'\]"),
+  "renamed": (lambda f: rewrite(f, lambda t: t.update({"model." + LM_HEAD: t.pop(LM_HEAD)})), "meant to be"),
+  "gamma": (
+    lambda f: rewrite(f, lambda t: t.update({"vision_backbone.featurizer.blocks.0.ls1.gamma": t[LM_HEAD]})),
+    'called "scale_factor"',
+  ),
+  "shape": (lambda f: rewrite(f, lambda t: t.update({LM_HEAD: t[LM_HEAD].T})), r"is \[32, 384\], expected \[384, 32\]"),
+  "dead shape": (
+    lambda f: rewrite(f, lambda t: t.update({"vision_backbone.featurizer.norm.bias": t[LM_HEAD]})), "norm.bias is"
+  ),
+  "integers": (lambda f: rewrite(f, lambda t: t.update({LM_HEAD: np.zeros((384, 32), np.int8)})), "is I8, expected"),
+  "double": (lambda f: rewrite(f, lambda t: t.update({LM_HEAD: np.zeros((384, 32))})), "is F64, expected one of BF16"),
+  "truncated": (cut, "is truncated: .* bytes, its header says"),
+  "too long": (lengthen, "is too long"),
+  "no header": (headless, "no safetensors file with a header of"),
+  "wrong length": (garbled, r"a BF16\[2\] takes 6 bytes, expected 4"),
+  "gap": (gap, "overlap or leave gaps"),
+  "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "0 bytes are no safetensors"),
+  "pickle": (pickled, "pytorch_model.bin is a pickle, which can run code and is never opened"),
+  "adapters": (adapters, "holds adapters, not a model"),
+  "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+  "no config": (lambda f: (f / "config.json").unlink(), "has no config.json; name the folder"),
+  "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "has no preprocessor_config.json"),
+  "bad json": (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json cannot be read as JSON"),
+  "no object": (lambda f: (f / "config.json").write_text("[]"), "holds a list, expected an object"),
+  "field": (lambda f: edit(f / "config.json", lambda c: c.pop("pad_to_multiple_of")), "KeyError: 'pad_to_multiple"),
+  "model": (lambda f: edit(f / "config.json", lambda c: c.update(model_type="llava")), '"llava", expected "openvla"'),
+  "heads": (
+    lambda f: edit(f / "config.json", lambda c: c["text_config"].update(num_key_value_heads=1)),
+    "asks for {'num_key_value_heads': 1}, which this network does not have",
+  ),
+  "rope": (
+    lambda f: edit(f / "config.json", lambda c: c["text_config"].update(rope_scaling={"type": "x"})), "rope_scaling"
+  ),
+  "activation": (
+    lambda f: edit(f / "config.json", lambda c: c.update(timm_override_act_layers=["quick_gelu", None])), "quick_gelu"
+  ),
+  "unknown tower": (lambda f: edit(f / "config.json", lambda c: c.pop("vision_sizes")), '"vit_test_dino" is unknown'),
+  "fused or not": (
+    lambda f: edit(f / "config.json", lambda c: c.update(use_fused_vision_backbone=False)), "expected 1, as"
+  ),
+  "resize": (
+    lambda f: edit(f / "config.json", lambda c: c.update(image_resize_strategy="squash")), '"squash" is unknown'
+  ),
+  "depth": (
+    lambda f: edit(f / "config.json", lambda c: c["text_config"].update(num_hidden_layers=3)), "9 tensors are missing"
+  ),
+  "no statistics": (lambda f: edit(f / "config.json", lambda c: c.pop("norm_stats")), "carries no action statistics"),
+  "statistics": (
+    lambda f: edit(f / "config.json", lambda c: c["norm_stats"]["bridge_orig"]["action"].pop("q99")), "malformed"
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_folder_is_refused_before_anything_is_read(folder, monkeypatch, kind):
+  breaking, message = BROKEN[kind]
+  breaking(folder)
+  monkeypatch.setattr(tensor_files, "view", lambda entry: pytest.fail(f"{entry} was read"))
+  with pytest.raises(CheckpointError, match=message):
+    openvla_files.load(folder)
+
+
+INDEXES = {
+  "file missing": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "00002-of-00003.safetensors is miss"),
+  "shards mixed up": (
+    lambda f: shutil.copy(f / "model-00001-of-00003.safetensors", f / "model-00002-of-00003.safetensors"),
+    "files are of different checkpoints",
+  ),
+  "index lacks a tensor": (
+    lambda f: edit(f / tensor_files.INDEX, lambda i: i["weight_map"].pop(LM_HEAD)), "index puts into None"
+  ),
+  "index has one more": (
+    lambda f: edit(f / tensor_files.INDEX, lambda i: i["weight_map"].update(x="model-00001-of-00003.safetensors")),
+    "lacks x",
+  ),
+  "another folder": (
+    lambda f: edit(f / tensor_files.INDEX, lambda i: i["weight_map"].update(x="../x.safetensors")),
+    "expected files of its own folder",
+  ),
+  "pickles": (
+    lambda f: edit(f / tensor_files.INDEX, lambda i: i["weight_map"].update(x="pytorch_model-1.bin")), "is a pickle"
+  ),
+  "no map": (lambda f: edit(f / tensor_files.INDEX, lambda i: i.pop("weight_map")), 'has no "weight_map"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_shards_that_do_not_belong_together(tmp_path, kind):
+  folder = public.write(tmp_path / "shards", FUSED, TENSORS, files=3)
+  breaking, message = INDEXES[kind]
+  breaking(folder)
+  with pytest.raises(CheckpointError, match=message):
+    tensor_files.read_folder(folder)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+  with pytest.raises(CheckpointError, match="no folder .*nowhere; name the folder of a public checkpoint"):
+    tensor_files.read_folder(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="unknown policy 'opnvla'; did you mean 'openvla'"):
+    policies.load(tmp_path, name="opnvla")
