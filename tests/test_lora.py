@@ -45,7 +45,14 @@ SMALL = dict(
 )
 STATS = policies.ActionStats(-np.ones(7, np.float32), np.ones(7, np.float32), np.arange(7) < 6)
 PUBLIC = "proj qkv fc1 fc2 fc3 q kv q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles cheaply
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compile():
+  """Most of the time of these tests is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +96,7 @@ def adapted(targets="all-linear", rank=4):
 
 def forward(policy, params):
   _, _, _, obs, bins = base()
-  return jit(policy.apply)(params, obs, bins)
+  return jax.jit(policy.apply)(params, obs, bins)
 
 
 def torch_forward(model):
@@ -212,7 +219,7 @@ def test_peft_takes_what_is_saved_here(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded.value, dict(params["value"]))
   # peft's merge is ours.
   merged = openvla_names.to_params(policy.config, {**model.merge_and_unload().public_state()})
-  ours = jit(functools.partial(lora.merge, spec))(params)
+  ours = jax.jit(functools.partial(lora.merge, spec))(params)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, merged)
   with pytest.raises(CheckpointError, match="exists already"):
     lora_files.save(folder, policy.config, spec, params)
@@ -254,7 +261,7 @@ def test_merged_equals_attached_and_the_reference_is_the_base():
   policy, _, params, obs, _ = base()
   spec, wrapped, whole = adapted()
   attached, plain = forward(wrapped, whole), forward(policy, params)
-  merged = jit(functools.partial(lora.merge, spec))(whole)
+  merged = jax.jit(functools.partial(lora.merge, spec))(whole)
   np.testing.assert_allclose(forward(policy, merged).logits, attached.logits, atol=ATOL)
   np.testing.assert_array_equal(merged["llm"]["embed"]["table"], params["llm"]["embed"]["table"])
   alone = wrapped.reference(whole)
@@ -263,11 +270,11 @@ def test_merged_equals_attached_and_the_reference_is_the_base():
   assert np.abs(attached.logits - plain.logits).max() > 0.1
   # Acting is the same policy: greedy actions are the likeliest of the teacher-forced logits on them.
   keys = jax.random.split(jax.random.key(0), 2)
-  taken = jit(wrapped.act)(whole, obs, keys, jnp.float32(0.0))
-  logits = jit(wrapped.apply)(whole, obs, taken.tokens).logits
+  taken = jax.jit(wrapped.act)(whole, obs, keys, jnp.float32(0.0))
+  logits = jax.jit(wrapped.apply)(whole, obs, taken.tokens).logits
   np.testing.assert_array_equal(np.argmax(logits, -1), taken.tokens)
   np.testing.assert_allclose(taken.value, attached.value, atol=ATOL)
-  np.testing.assert_allclose(jit(wrapped.value)(whole, obs), attached.value, atol=ATOL)
+  np.testing.assert_allclose(jax.jit(wrapped.value)(whole, obs), attached.value, atol=ATOL)
 
 
 def loss_of(policy):
@@ -379,7 +386,7 @@ def test_two_passes_equal_the_gradient_in_one_piece():
   lanes = lambda x: x.reshape(4, 3, *x.shape[1:])
   valid = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
   log_prob = lambda p, obs, tokens: ops.token_log_prob(wrapped.apply(p, obs, tokens).logits, tokens)
-  total = jit(lambda p: log_prob(p, flat["obs"], flat["tokens"]).sum(-1).reshape(4, 3))
+  total = jax.jit(lambda p: log_prob(p, flat["obs"], flat["tokens"]).sum(-1).reshape(4, 3))
   reference = np.asarray(total(wrapped.reference(params)))
   stage_id = np.where(valid, 0, -1).astype(np.int32)
   pairs = train.PreferenceBatch(
@@ -391,14 +398,14 @@ def test_two_passes_equal_the_gradient_in_one_piece():
   )
   trained, frozen = train.split(params, wrapped.trainable)
   whole = lambda p, obs, tokens: log_prob(train.join(p, frozen), obs, tokens)
-  two_pass = jit(lambda p: train.preference_gradient(whole, kernel, p, pairs, micro_batch=4)[:2])
+  two_pass = jax.jit(lambda p: train.preference_gradient(whole, kernel, p, pairs, micro_batch=4)[:2])
 
   def one_shot(p):
     score = whole(p, flat["obs"], flat["tokens"]).sum(-1).reshape(4, 3)
     return kernel(jnp.where(valid, score - reference, 0.0), pairs)[1]["loss"].value()
 
   grads, loss = two_pass(trained)
-  expected_loss, expected = jit(jax.value_and_grad(one_shot))(trained)
+  expected_loss, expected = jax.jit(jax.value_and_grad(one_shot))(trained)
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
   scale = float(optax.tree.norm(expected))
   close = lambda x, y: np.testing.assert_allclose(x / scale, y / scale, atol=1e-5)
