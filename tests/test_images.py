@@ -1,4 +1,4 @@
-"""Frames to the network's size: against PIL, scipy and jax.image where those define or compute the same, and by hand."""
+"""Frames to the size of the network: against PIL, scipy and jax.image where those define the same, and by hand."""
 
 from __future__ import annotations
 

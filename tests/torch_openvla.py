@@ -202,7 +202,7 @@ class OpenVLA(nn.Module):
     hidden = self.language_model.model(**self.prefix(pixels, ids, mask), use_cache=False).last_hidden_state
     return Output(hidden, self.language_model.lm_head(hidden[:, -keep:]).float())
 
-  def teacher_forced(self, pixels: torch.Tensor, ids: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor | None = None):
+  def teacher_forced(self, pixels, ids: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor | None = None):
     """(logits [B, A, vocabulary], value [B]) of the action tokens behind the prompt ids, which ends in START."""
     count = bins.shape[1]
     both = torch.cat([ids, bins[:, :-1] + self.config.first_action], dim=1)

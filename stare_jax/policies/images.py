@@ -1,4 +1,4 @@
-"""Frames to the network's size, as public OpenVLA checkpoints saw theirs. Host side: numpy, and PIL where it defined them.
+"""Frames to the size of the network, as public checkpoints saw theirs. Host side: numpy, and PIL where it defined them.
 
   bicubic      the public processor ("resize-naive"): PIL bicubic to exactly the size, whatever the aspect
   lanczos3     the evaluation wrappers and the training data: TensorFlow's antialiased lanczos3, computed in float32
