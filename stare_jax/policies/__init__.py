@@ -106,6 +106,9 @@ class Policy(NamedTuple):
     param_axes: ((path pattern, axis words), ...), the weights in sharding words, one entry per array axis.
     config: the backbone's own frozen configuration.
     free: bool per action dimension, False where the action never varies.
+    trainable: by the path of a parameter ("lora/llm/head/a"), whether it is trained; None trains all.
+    reference: params -> the parameters of the policy without what was added to it (its adapters), sharing every array;
+      None where nothing was.
   """
 
   init: Callable[[jax.Array], Any]
@@ -118,6 +121,8 @@ class Policy(NamedTuple):
   param_axes: tuple[tuple[str, tuple[str | None, ...]], ...]
   config: Any
   free: tuple[bool, ...]
+  trainable: Callable[[str], bool] | None = None
+  reference: Callable[[Any], Any] | None = None
 
 
 def names() -> tuple[str, ...]:
