@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "dataset": ("episode",),
   "train": ("sharding",),
   "losses": (),
-  "policies": ("episode",),
+  "policies": ("episode", "checkpoint", "sharding"),
   "tasks": ("episode",),
   "sims": ("episode",),
   "sharding": (),

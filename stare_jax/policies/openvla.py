@@ -101,27 +101,30 @@ def specs(config: Config) -> dict[str, Any]:
     "norm": {"scale": Spec((width,), fill=1.0)},
     "head": {"table": Spec((config.vocabulary, width), std=0.02)},
   }
-  features = config.dino.width + config.siglip.width
+  features = sum(v.width for v in config.views.values())
+  hidden = (config.projector, width) if config.projector else (width,)
+  widths = (features, *hidden, width)
+  projector = {f"fc{i + 1}": linear(a, b) for i, (a, b) in enumerate(zip(widths[:-1], widths[1:]))}
   sizes = (width, *config.value_hidden, 1)
   value = {
     f"fc{i + 1}": linear(a, b, bias=b != 1, gain=0.0 if b == 1 else 1.0)  # the value starts at 0
     for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:]))
   }
   return {
-    "vision": {"dino": vit(config.dino), "siglip": vit(config.siglip)},
-    "projector": {
-      "fc1": linear(features, config.projector),
-      "fc2": linear(config.projector, width),
-      "fc3": linear(width, width),
-    },
+    "vision": {name: vit(v) for name, v in config.views.items()},
+    "projector": projector,
     "llm": llm,
     "value": value,
   }
 
 
-def init(config: Config, key: jax.Array) -> Params:
-  """Parameters for learning from scratch: truncated normals scaled by fan-in, residual branches by depth."""
-  table, tree = jax.tree.flatten(specs(config), is_leaf=lambda x: isinstance(x, Spec))
+def init(config: Config, key: jax.Array, part: str = "") -> Params:
+  """Parameters for learning from scratch: truncated normals scaled by fan-in, residual branches by depth.
+
+  part: only this one of the tree, such as "value".
+  """
+  wanted = specs(config)[part] if part else specs(config)
+  table, tree = jax.tree.flatten(wanted, is_leaf=lambda x: isinstance(x, Spec))
   dtype = jnp.dtype(config.param_dtype)
 
   def draw(spec: Spec, key):
@@ -162,10 +165,13 @@ def encode_image(params: Params, image: jax.Array, config: Config) -> jax.Array:
       "Policy.encode resizes"
     )
   image = image.astype(jnp.float32) / 255
-  views = [encode_vision(params["vision"][k], image, getattr(config, k), config) for k in ("dino", "siglip")]
+  views = [encode_vision(params["vision"][name], image, v, config) for name, v in config.views.items()]
   x = jnp.concatenate(views, axis=-1)
-  projector = params["projector"]
-  return nn.dense(projector["fc3"], nn.gelu(nn.dense(projector["fc2"], nn.gelu(nn.dense(projector["fc1"], x)))))
+  first, *rest = (params["projector"][f"fc{i + 1}"] for i in range(len(params["projector"])))
+  x = nn.dense(first, x)
+  for layer in rest:
+    x = nn.dense(layer, nn.gelu(x))
+  return x
 
 
 def embed(params: Params, ids: jax.Array, config: Config) -> jax.Array:
@@ -392,7 +398,7 @@ def encode(config: Config, prompt: Callable[[str], Any], images: np.ndarray, ins
 
 def make(
   *,
-  size: str = "tiny",
+  size: str | Config = "tiny",
   stats: ActionStats,
   tokenizer: Callable[[str], list[int]] | None = None,
   **options: Any,

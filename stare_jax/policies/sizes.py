@@ -38,8 +38,8 @@ class Config:
 
   Attributes:
     image_size, patch_size: pixels; square images.
-    dino, siglip: the two vision transformers, features concatenated in this order.
-    projector: width of the projector's first hidden layer.
+    dino, siglip: the two vision transformers, features concatenated in this order; one of them may be None.
+    projector: width of the first of the projector's two hidden layers; 0 for one hidden layer, of llm_width.
     llm_width, llm_depth, llm_head_size, llm_mlp: the decoder's.
     vocabulary: rows of the embedding table and of lm_head.
     action_end: action ids are [action_end - bins, action_end).
@@ -57,8 +57,8 @@ class Config:
 
   image_size: int
   patch_size: int
-  dino: Vision
-  siglip: Vision
+  dino: Vision | None
+  siglip: Vision | None
   projector: int
   llm_width: int
   llm_depth: int
@@ -87,14 +87,21 @@ class Config:
   def __post_init__(self):
     if self.image_size % self.patch_size:
       raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-    widths = {"dino": (self.dino.width, self.dino.head_size), "siglip": (self.siglip.width, self.siglip.head_size)}
+    if not self.views:
+      raise ValueError("dino and siglip are both None; the policy needs a vision transformer")
+    widths = {name: (v.width, v.head_size) for name, v in self.views.items()}
     for name, (width, head) in {**widths, "llm": (self.llm_width, self.llm_head_size)}.items():
       if width % head:
         raise ValueError(f"{name}: width {width} is not a multiple of its head size {head}; change one of them")
-    if min(self.dino.depth, self.siglip.depth) < 2:
+    if min(v.depth for v in self.views.values()) < 2:
       raise ValueError("a vision transformer needs depth >= 2: the features are those of the second-to-last block")
     if self.action_end > self.vocabulary:
       raise ValueError(f"action ids end at {self.action_end}, beyond the vocabulary of {self.vocabulary}")
+
+  @property
+  def views(self) -> dict[str, Vision]:
+    """The vision transformers that there are, in the order of their features."""
+    return {name: v for name, v in (("dino", self.dino), ("siglip", self.siglip)) if v is not None}
 
   @property
   def patches(self) -> int:
@@ -183,8 +190,10 @@ def override(config: Any, options: Mapping[str, Any], where: str = "") -> Any:
   return dataclasses.replace(config, **changes)
 
 
-def configure(size: str, options: Mapping[str, Any]) -> Config:
-  """A configuration of `SIZES` with some fields changed, nested ones as mappings: dino={"width": 64}."""
+def configure(size: str | Config, options: Mapping[str, Any]) -> Config:
+  """A configuration (by its name in `SIZES`) with some fields changed, nested ones as mappings: dino={"width": 64}."""
+  if isinstance(size, Config):
+    return override(size, options)
   if size not in SIZES:
     near = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.0)
     raise ValueError(f"unknown policy size {size!r}; did you mean {near[0]!r}? known: {', '.join(SIZES)}")
