@@ -21,7 +21,6 @@ import collections
 import dataclasses
 import difflib
 import functools
-import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -31,80 +30,49 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.policies import Policy
+from stare_jax.policies import openvla_names as names
 from stare_jax.policies.layers import Adapter
 from stare_jax.policies.openvla import PARAM_AXES, specs
 from stare_jax.policies.sizes import Config
 
 Params = dict[str, Any]
 ALL_LINEAR = "all-linear"
-TOWERS = ("vision_backbone.featurizer", "vision_backbone.fused_featurizer")
-VIT = {("attn", "qkv"): "attn.qkv", ("attn", "out"): "attn.proj", ("mlp", "up"): "mlp.fc1", ("mlp", "down"): "mlp.fc2"}
-SHARED = {  # kernels [I, G, O] of the decoder, and their G modules
-  ("attn", "qkv"): ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-  ("mlp", "gate_up"): ("mlp.gate_proj", "mlp.up_proj"),
-}
-LLM = {("attn", "out"): "self_attn.o_proj", ("mlp", "down"): "mlp.down_proj"}
 
 
 class Module(NamedTuple):
-  """A linear module of the public checkpoint, and where it lies here.
+  """A linear module (or convolution over patches) of the public checkpoint, and where it lies here.
 
   Attributes:
     name: in the public checkpoint, without ".weight".
     path: of our leaf, such as ("llm", "layers", "attn", "qkv").
     layer, group: index in the stack and in the shared kernel; None where there is none.
-    inputs, outputs: features.
+    outputs: features.   inputs: the public shape of one output's weights, [I], or [channel, row, column].
   """
 
   name: str
   path: tuple[str, ...]
   layer: int | None
   group: int | None
-  inputs: int
   outputs: int
+  inputs: tuple[int, ...]
 
 
 def modules(config: Config) -> list[Module]:
-  """Every linear module of the forward pass, in the order of our tree."""
-  found: list[Module] = []
-  table = specs(config)
-
-  def add(path: tuple[str, ...], names: Sequence[str], prefix: str, *, stacked: bool, shared: bool) -> None:
-    leaf = functools.reduce(dict.__getitem__, path, table)
-    shape = leaf["table"].shape[::-1] if "table" in leaf else leaf["kernel"].shape
-    depth, (inputs, *out) = (shape[0], shape[1:]) if stacked else (1, shape)
-    for layer, (group, name) in itertools.product(range(depth), enumerate(names)):
-      full = f"{prefix}.{layer}.{name}" if stacked else f"{prefix}.{name}"
-      where = (layer if stacked else None, group if shared else None)
-      found.append(Module(full, path, *where, inputs, out[-1] if shared else math.prod(out)))
-
-  for tower, prefix in zip(table["vision"], TOWERS):
-    add(("vision", tower, "patch"), ["patch_embed.proj"], prefix, stacked=False, shared=False)
-    for leaf, name in VIT.items():
-      add(("vision", tower, "layers", *leaf), [name], f"{prefix}.blocks", stacked=True, shared=False)
-  for name in table["projector"]:
-    add(("projector", name), [name], "projector", stacked=False, shared=False)
-  blocks = "language_model.model.layers"
-  for leaf, names in SHARED.items():
-    add(("llm", "layers", *leaf), names, blocks, stacked=True, shared=True)
-  for leaf, name in LLM.items():
-    add(("llm", "layers", *leaf), [name], blocks, stacked=True, shared=False)
-  add(("llm", "head"), ["lm_head"], "language_model", stacked=False, shared=False)
+  """Every linear module of the forward pass, in the order of the public model."""
+  found = []
+  for t in names.tensors(config):
+    *path, leaf = t.path.split("/")
+    if leaf == "kernel" or path[-1:] == ["head"]:
+      shared = len(t.block) == 4 and t.block[2] == 1  # one of the modules in a kernel [L, I, G, O]
+      layer, group = t.start[0] if "layers" in path else None, t.start[2] if shared else None
+      found.append(Module(t.name.removesuffix(".weight"), tuple(path), layer, group, t.shape[0], t.shape[1:]))
   return found
 
 
 def unused(config: Config) -> dict[str, tuple[int, int]]:
-  """{name: (inputs, outputs)} of the linear modules in the public file that no output depends on."""
-  found = {}
-  for tower, prefix in zip(specs(config)["vision"], TOWERS):
-    v = getattr(config, tower)
-    block = {"attn.qkv": (v.width, 3 * v.width), "attn.proj": (v.width, v.width)}
-    mlp = {"mlp.fc1": (v.width, v.mlp), "mlp.fc2": (v.mlp, v.width)}
-    found |= {f"{prefix}.blocks.{v.depth - 1}.{name}": size for name, size in (block | mlp).items()}
-    if tower == "siglip":
-      pool = {"q": (v.width, v.width), "kv": (v.width, 2 * v.width), "proj": (v.width, v.width)}
-      found |= {f"{prefix}.attn_pool.{name}": size for name, size in (pool | mlp).items()}
-  return found
+  """{name: (outputs, inputs)} of the linear modules in the public file that no output depends on."""
+  weights = (t for t in names.tensors(config) if not t.path and t.name.endswith(".weight") and len(t.shape) == 2)
+  return {t.name.removesuffix(".weight"): t.shape for t in weights}
 
 
 def matches(name: str, targets: str | Iterable[str]) -> bool:
@@ -211,7 +179,12 @@ def make(
   alpha = min(rank, 16) if alpha is None else alpha
   if rank < 1 or not alpha > 0:
     raise ValueError(f"lora: rank {rank} and alpha {alpha}; expected a rank of at least 1 and an alpha above 0")
-  chosen, table = select(config, targets), specs(config)
+  return of_modules(config, select(config, targets), rank=rank, alpha=alpha, rslora=rslora)
+
+
+def of_modules(config: Config, chosen: Sequence[Module], *, rank: int, alpha: float, rslora: bool = False) -> Lora:
+  """The adapters of exactly these modules."""
+  table = specs(config)
   by_path = collections.defaultdict(list)
   for module in chosen:
     by_path[module.path].append(module)
