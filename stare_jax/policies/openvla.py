@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.policies import Act, ActionStats, Obs, Output, Policy
+from stare_jax.policies import images as frames
 from stare_jax.policies import layers as nn
 from stare_jax.policies import tokenizer as tok
 from stare_jax.policies.sizes import Config, Vision, configure
@@ -387,13 +388,19 @@ def encode(config: Config, prompt: Callable[[str], Any], images: np.ndarray, ins
     raise ValueError(f"encode: got {images.dtype}{images.shape}, expected images uint8[N, H, W, 3]")
   if len(images) != len(instructions):
     raise ValueError(f"encode: {len(images)} images but {len(instructions)} instructions; give one for each image")
-  size = config.image_size
-  if images.shape[1:3] != (size, size):
-    from PIL import Image  # only where a simulator renders at another size
-
-    images = np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC)) for x in images])
+  how = dict(resize=config.resize, center_crop=config.center_crop, mean=config.siglip.mean)
+  images = frames.prepare(images, config.image_size, **how)
   ids, masks = zip(*map(prompt, instructions))
   return Obs(image=images, prompt=np.stack(ids), prompt_mask=np.stack(masks))
+
+
+def faithful_act(config: Config, codec: tok.ActionCodec) -> Callable[..., Act]:
+  from stare_jax.policies import openvla_faithful  # which imports this module
+
+  if not codec.free.all():
+    still = np.flatnonzero(~codec.free).tolist()
+    raise ValueError(f"faithful: action dimensions {still} never vary (q99 == q01), which public decoding cannot know")
+  return functools.partial(openvla_faithful.act, config)
 
 
 def make(
@@ -422,7 +429,7 @@ def make(
   return Policy(
     init=functools.partial(init, config),
     apply=functools.partial(apply, config, actions),
-    act=functools.partial(act, config, actions),
+    act=faithful_act(config, codec) if config.faithful else functools.partial(act, config, actions),
     value=functools.partial(value, config),
     encode=functools.partial(encode, config, prompt),
     decode=codec.decode,

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from stare_jax.policies import images
 from stare_jax.policies import tokenizer as tok
 
 
@@ -44,7 +45,7 @@ class Config:
     vocabulary: rows of the embedding table and of lm_head.
     action_end: action ids are [action_end - bins, action_end).
     bins, action_size: V and A.
-    bos, start, pad: token ids; `start` precedes the first action token (29871 in Llama).
+    bos, eos, start, pad: token ids; `start` precedes the first action token (29871 in Llama).
     template: the prompt around "{instruction}"; the instruction is lowered.
     prompt_length: L with bos and start; shorter prompts are padded, longer ones refused.
     word_tokenizer: use the built-in tokenizer; otherwise `make` needs one.
@@ -53,6 +54,8 @@ class Config:
     compute_dtype, param_dtype: of matrix products and of parameters.
     remat: recompute each block's activations in the backward pass.
     unroll: layers of `apply` as copies instead of a scan: a faster gradient on CPU, slower to compile.
+    resize, center_crop: how frames get to image_size, see `images`; bicubic is what the public processor does.
+    faithful: decode as the public codes do, early ends and all; see `openvla_faithful`.
   """
 
   image_size: int
@@ -75,6 +78,7 @@ class Config:
   value_hidden: tuple[int, ...]
   bins: int = 256
   action_size: int = 7
+  eos: int = 2
   rope_theta: float = 1e4
   rms_eps: float = 1e-6
   embedding_std: float = 0.02
@@ -83,6 +87,9 @@ class Config:
   param_dtype: str = "float32"
   remat: bool = False
   unroll: bool = False
+  resize: str = "bicubic"
+  center_crop: bool = False
+  faithful: bool = False
 
   def __post_init__(self):
     if self.image_size % self.patch_size:
@@ -95,6 +102,8 @@ class Config:
         raise ValueError(f"{name}: width {width} is not a multiple of its head size {head}; change one of them")
     if min(v.depth for v in self.views.values()) < 2:
       raise ValueError("a vision transformer needs depth >= 2: the features are those of the second-to-last block")
+    if self.resize not in images.STRATEGIES:
+      raise ValueError(f"resize is {self.resize!r}; expected one of {', '.join(images.STRATEGIES)}")
     if self.action_end > self.vocabulary:
       raise ValueError(f"action ids end at {self.action_end}, beyond the vocabulary of {self.vocabulary}")
 
