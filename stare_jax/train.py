@@ -17,7 +17,6 @@ A non-finite loss, gradient or step changes nothing: parameters, optimiser and s
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -30,8 +29,24 @@ from jax.sharding import Mesh
 
 from stare_jax import sharding
 from stare_jax.train_optimizer import hyperparams, learning_rate_scale, make_optimizer, set_learning_rate_scale
+from stare_jax.train_state import (
+  Trainable,
+  TrainState,
+  abstract_state,
+  full_precision,
+  init_state,
+  join,
+  join_state,
+  new_state,
+  split,
+  split_state,
+  state_shardings,
+)
 
-__all__ = ["learning_rate_scale", "make_optimizer", "set_learning_rate_scale"]
+__all__ = [
+  "TrainState", "abstract_state", "init_state", "join", "join_state", "learning_rate_scale", "make_optimizer",
+  "new_state", "set_learning_rate_scale", "split", "split_state", "state_shardings",
+]  # fmt: skip
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -40,21 +55,6 @@ LossFn = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 
 class NonFiniteError(FloatingPointError):
   """An update was refused because its loss, gradient or step is NaN or infinite; nothing was changed."""
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt", "critic"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-  """What a phase carries from update to update, and a checkpoint holds.
-
-  step: int32[], the updates applied (refused ones do not count). critic: of the simulator's state (train_critic), where
-  there is one; replicated, and passed through by every update here.
-  """
-
-  step: jax.Array
-  params: Any
-  opt: Any
-  critic: Any = None
 
 
 class PreferenceBatch(NamedTuple):
@@ -75,85 +75,26 @@ class PreferenceBatch(NamedTuple):
   pairs: Any
 
 
-# The state --------------------------------------------------------------------------------------------------
-
-
-def _full(params: Any) -> Any:
-  """Parameters as the optimiser sees them: float32, so that its moments are float32 under bfloat16 weights too."""
-  return jax.tree.map(lambda p: p.astype(jnp.float32), params)
-
-
-def _new(params: Any, tx: optax.GradientTransformation, critic: Any = None) -> TrainState:
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=tx.init(_full(params)), critic=critic)
-
-
-def state_shardings(state: TrainState, mesh: Mesh, param_axes: sharding.ParamAxes | None = None) -> TrainState:
-  """A NamedSharding for every leaf of a state (arrays or ShapeDtypeStructs); moments follow their parameter."""
-  places = sharding.shardings(state.params, param_axes, mesh)
-  opt = sharding.like_params(state.opt, state.params, places, mesh)
-  critic = jax.tree.map(lambda _: sharding.replicated(mesh), state.critic)
-  return TrainState(step=sharding.replicated(mesh), params=places, opt=opt, critic=critic)
-
-
-def abstract_state(
-  params: Any, tx: optax.GradientTransformation, *, mesh: Mesh | None = None, param_axes: Any = None, critic: Any = None
-) -> TrainState:
-  """Shapes, dtypes and (with a mesh) shardings of the state of `params`: what checkpoint.restore fills."""
-  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), (params, critic))
-  state = jax.eval_shape(lambda p, c: _new(p, tx, c), *shapes)
-  if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
-  places = state_shardings(state, mesh, param_axes)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
-
-
-def init_state(
-  init: Callable[[jax.Array], Any],
-  key: jax.Array,
-  tx: optax.GradientTransformation,
-  *,
-  mesh: Mesh | None = None,
-  param_axes: sharding.ParamAxes | None = None,
-) -> TrainState:
-  """A fresh state, created in place: no device ever holds more than its share."""
-  build = lambda key: _new(init(key), tx)
-  if mesh is None:
-    return jax.jit(build)(key)
-  places = state_shardings(jax.eval_shape(build, key), mesh, param_axes)
-  return jax.jit(build, out_shardings=places)(sharding.replicate(key, mesh))
-
-
-def new_state(
-  params: Any,
-  tx: optax.GradientTransformation,
-  *,
-  mesh: Mesh | None = None,
-  param_axes: sharding.ParamAxes | None = None,
-  critic: Any = None,
-) -> TrainState:
-  """Step 0 of a phase that starts from `params` (device arrays); copies them, so a reference may keep its own."""
-  build = lambda params, critic: _new(jax.tree.map(lambda p: jnp.array(p, copy=True), params), tx, critic)
-  if mesh is None:
-    return jax.jit(build)(params, critic)
-  places = state_shardings(jax.eval_shape(build, params, critic), mesh, param_axes)
-  critic = sharding.place(critic, places.critic)
-  return jax.jit(build, out_shardings=places)(sharding.place(params, places.params), critic)
-
-
 class Update:
-  """A compiled (state, batch) -> (state, metrics); the state is donated. `traces` counts how often it was traced."""
+  """A compiled (state, batch) -> (state, metrics). `traces` counts how often it was traced.
 
-  def __init__(self, function: Callable[..., Any], mesh: Mesh | None, param_axes: sharding.ParamAxes | None):
+  What is trained is donated; frozen parameters go in by reference and are the same arrays in the state that comes out.
+  `function` is (state of the trained parameters, frozen parameters, batch) -> (state, metrics).
+  """
+
+  def __init__(
+    self, function: Callable[..., Any], mesh: Mesh | None, param_axes: sharding.ParamAxes | None,
+    trainable: Trainable | None = None,
+  ):  # fmt: skip
     self.traces = 0
-    self._mesh, self._param_axes = mesh, param_axes
+    self._mesh, self._param_axes, self._trainable = mesh, param_axes, trainable
     self._compiled = None if mesh is not None else jax.jit(self._counted(function), donate_argnums=0)
     self._function = function
 
   def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    def counted(state: TrainState, batch: Any) -> Any:
+    def counted(state: TrainState, frozen: Any, batch: Any) -> Any:
       self.traces += 1  # runs while tracing only
-      return function(state, batch)
+      return function(state, frozen, batch)
 
     return counted
 
@@ -165,11 +106,14 @@ class Update:
     return self._compiled
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    return (self._compiled or self._build(state))(state, batch)
+    own, frozen = split_state(state, self._trainable)
+    own, metrics = (self._compiled or self._build(own))(own, frozen, batch)
+    return join_state(own, frozen), metrics
 
   def lower(self, state: TrainState, batch: Any) -> Any:
     """As `jax.jit(...).lower`: for reading the compiled program and its memory."""
-    return (self._compiled or self._build(state)).lower(state, batch)
+    own, frozen = split_state(state, self._trainable)
+    return (self._compiled or self._build(own)).lower(own, frozen, batch)
 
 
 # The update -------------------------------------------------------------------------------------------------
@@ -197,7 +141,7 @@ def _apply(
   squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
   bad = ~jnp.isfinite(squares)  # a leaf's sum of squares is finite only where all of the leaf is
   grad_norm = jnp.sqrt(jnp.sum(squares))
-  updates, opt = tx.update(grads, state.opt, _full(state.params))
+  updates, opt = tx.update(grads, state.opt, full_precision(state.params))
   update_norm = optax.tree.norm(updates)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
   params = optax.apply_updates(state.params, updates)
@@ -271,21 +215,24 @@ def make_update(
   mesh: Mesh | None = None,
   param_axes: sharding.ParamAxes | None = None,
   micro_batches: int = 1,
+  trainable: Trainable | None = None,
 ) -> Update:
   """(state, batch) -> (state, metrics {name: float32[]}); compiled once, state donated.
 
   loss_fn: (params, batch) -> (Mean, {name: Mean}), or (float32[], {"loss": Mean, ...}) as kernels do.
   batch: a tree of [N, ...] arrays, and of scalars, which every micro-batch sees.
   metrics: the loss_fn's own, loss, grad_norm (before clipping), update_norm, learning_rate; read them with `fetch`.
+  trainable: by the path of a parameter; the others get no gradient, no moments and no copy. None trains all.
   """
   if micro_batches < 1:
     raise ValueError(f"micro_batches is {micro_batches}; expected at least 1")
 
-  def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    grads, loss, metrics = _gradients(loss_fn, state.params, batch, micro_batches, mesh)
+  def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    whole = lambda params, rows: loss_fn(join(params, frozen), rows)
+    grads, loss, metrics = _gradients(whole, state.params, batch, micro_batches, mesh)
     return _apply(tx, state, grads, loss.value(), _values(metrics))
 
-  return Update(update, mesh, param_axes)
+  return Update(update, mesh, param_axes, trainable)
 
 
 def make_loss(loss_fn: LossFn) -> Callable[[Any, Any], dict[str, Any]]:
@@ -446,32 +393,33 @@ def make_preference_update(
   micro_batch: int,
   mesh: Mesh | None = None,
   param_axes: sharding.ParamAxes | None = None,
+  trainable: Trainable | None = None,
 ) -> Update:
   """(state, PreferenceBatch) -> (state, metrics), as `make_update`; see `preference_gradient` for the arguments."""
   _check_micro_batch(micro_batch, mesh)
 
-  def update(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-    grads, loss, metrics = preference_gradient(
-      log_prob_fn, kernel, state.params, batch, micro_batch=micro_batch, mesh=mesh
-    )
+  def update(state: TrainState, frozen: Any, batch: PreferenceBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+    whole = lambda params, obs, tokens: log_prob_fn(join(params, frozen), obs, tokens)
+    grads, loss, metrics = preference_gradient(whole, kernel, state.params, batch, micro_batch=micro_batch, mesh=mesh)
     return _apply(tx, state, grads, loss, _values(metrics))
 
-  return Update(update, mesh, param_axes)
+  return Update(update, mesh, param_axes, trainable)
 
 
 # The door up ------------------------------------------------------------------------------------------------
 
 
-def check_finite(metrics: Mapping[str, float], params: Any) -> None:
+def check_finite(metrics: Mapping[str, float], params: Any, trainable: Trainable | None = None) -> None:
   """Raises NonFiniteError where the update behind these host-side metrics was refused.
 
-  params: the parameter tree (or its shapes): names the gradient at fault.
+  params: the parameter tree (or its shapes), of which `trainable` are trained: names the gradient at fault.
   """
   if metrics.get("_finite", 1.0) == 1.0:
     return
   terms = [name for name, x in metrics.items() if not math.isfinite(x) and name not in ("grad_norm", "update_norm")]
   terms.sort(key="loss".__eq__)  # the sum of the others comes last
-  paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  trained, _ = split(params, trainable)
+  paths = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
   count, first = int(metrics["_bad_gradients"]), int(metrics["_first_bad_gradient"])
   if terms:
     source = f"loss terms not finite: {', '.join(f'{name} = {metrics[name]}' for name in terms)}"
@@ -486,8 +434,10 @@ def check_finite(metrics: Mapping[str, float], params: Any) -> None:
   )
 
 
-def fetch(metrics: Mapping[str, jax.Array], params: Any) -> dict[str, float]:
+def fetch(
+  metrics: Mapping[str, jax.Array], params: Any, trainable: Trainable | None = None
+) -> dict[str, float]:
   """The door up: an update's metrics as floats, in one transfer; raises NonFiniteError if it was refused."""
   host = {name: float(x) for name, x in jax.device_get(dict(metrics)).items()}
-  check_finite(host, params)
+  check_finite(host, params, trainable)
   return {name: x for name, x in host.items() if not name.startswith("_")}

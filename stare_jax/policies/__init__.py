@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ import numpy as np
 
 REGISTRY: dict[str, str] = {
   "openvla": "stare_jax.policies.openvla:make",
+}
+LOADERS: dict[str, str] = {  # of public checkpoint folders
+  "openvla": "stare_jax.policies.openvla_files:load",
 }
 
 
@@ -106,6 +110,9 @@ class Policy(NamedTuple):
     param_axes: ((path pattern, axis words), ...), the weights in sharding words, one entry per array axis.
     config: the backbone's own frozen configuration.
     free: bool per action dimension, False where the action never varies.
+    trainable: by the path of a parameter ("lora/llm/head/a"), whether it is trained; None trains all.
+    reference: params -> the parameters of the policy without what was added to it (its adapters), sharing every array;
+      None where nothing was.
   """
 
   init: Callable[[jax.Array], Any]
@@ -118,6 +125,8 @@ class Policy(NamedTuple):
   param_axes: tuple[tuple[str, tuple[str | None, ...]], ...]
   config: Any
   free: tuple[bool, ...]
+  trainable: Callable[[str], bool] | None = None
+  reference: Callable[[Any], Any] | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -127,8 +136,21 @@ def names() -> tuple[str, ...]:
 
 def make(name: str = "openvla", *, stats: ActionStats, **options: Any) -> Policy:
   """Build a backbone by name; `options` are its own (size, overrides of its configuration)."""
-  if name not in REGISTRY:
-    near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.0)
-    raise ValueError(f"unknown policy {name!r}; did you mean {near[0]!r}? known: {', '.join(REGISTRY)}")
-  module, attribute = REGISTRY[name].split(":")
-  return getattr(importlib.import_module(module), attribute)(stats=stats, **options)
+  return _find(REGISTRY, name)(stats=stats, **options)
+
+
+def load(folder: str | os.PathLike, *, name: str = "openvla", **options: Any) -> tuple[Policy, Any]:
+  """(policy, params) of a public checkpoint folder, such as one of openvla/openvla-7b; see docs/checkpoints.md.
+
+    options: of the backbone's loader, such as mesh and unnorm_key.
+  Raises: CheckpointError for a folder that is not a whole checkpoint of this kind, before anything is read from it.
+  """
+  return _find(LOADERS, name)(folder, **options)
+
+
+def _find(registry: dict[str, str], name: str) -> Callable[..., Any]:
+  if name not in registry:
+    near = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)
+    raise ValueError(f"unknown policy {name!r}; did you mean {near[0]!r}? known: {', '.join(registry)}")
+  module, attribute = registry[name].split(":")
+  return getattr(importlib.import_module(module), attribute)

@@ -7,6 +7,7 @@ float32.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -20,14 +21,52 @@ Params = dict[str, Any]
 NEGATIVE = -1e30  # additive mask; finite, so that a fully masked row stays finite
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "groups"])
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """A low-rank addition to a linear layer, scale * (x @ a) @ b, that never becomes a matrix (policies.lora).
+
+    a: [I, r], b: [r, *O]; where several modules share one kernel [I, G, O], a: [I, g, r], b: [g, r, O].
+    groups: which g of the G modules are adapted; None where the kernel is one module.
+  """
+
+  a: jax.Array
+  b: jax.Array
+  scale: float
+  groups: tuple[int, ...] | None = None
+
+  def __call__(self, x: jax.Array, out: tuple[int, ...], dtype: Any = None) -> jax.Array:
+    """[M, I] -> [M, *out] in `dtype`; both products run in the dtype of x."""
+    a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+    low = self.scale * (x @ a.reshape(len(a), -1))
+    if self.groups is None:
+      return jnp.matmul(low, b.reshape(len(b), -1), preferred_element_type=dtype).reshape(-1, *out)
+    low = low.reshape(-1, *a.shape[1:])
+    y = jnp.einsum("mgr,gro->mgo", low, b, preferred_element_type=dtype)
+    return y if len(self.groups) == out[0] else jnp.zeros((len(x), *out), y.dtype).at[:, self.groups].set(y)
+
+
 def dense(params: Params, x: jax.Array) -> jax.Array:
   """[..., I] @ kernel [I, *O] (+ bias [*O]) -> [..., *O]; one matrix product over flattened rows and outputs."""
   kernel = params["kernel"].astype(x.dtype)
   lead, out = x.shape[:-1], kernel.shape[1:]
-  y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
+  x = x.reshape(-1, x.shape[-1])
+  y = x @ kernel.reshape(kernel.shape[0], -1)
+  if "lora" in params:
+    y = y + params["lora"](x, out).reshape(y.shape)
   if "bias" in params:
     y = y + params["bias"].astype(x.dtype).reshape(-1)
   return y.reshape(*lead, *out)
+
+
+def rows(params: Params, x: jax.Array, first: int, end: int) -> jax.Array:
+  """[..., W] -> float32[..., end - first]: the product with some rows of a table [vocabulary, W], and no others."""
+  table = params["table"][first:end].astype(x.dtype)
+  y = jnp.einsum("...w,vw->...v", x, table, preferred_element_type=jnp.float32)
+  if "lora" in params:
+    adapter = dataclasses.replace(params["lora"], b=params["lora"].b[:, first:end])
+    y = y + adapter(x.reshape(-1, x.shape[-1]), (end - first,), jnp.float32).reshape(y.shape)
+  return y
 
 
 def gelu(x: jax.Array) -> jax.Array:

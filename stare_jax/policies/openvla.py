@@ -223,8 +223,7 @@ def final_norm(params: Params, x: jax.Array, config: Config) -> jax.Array:
 
 def action_logits(params: Params, hidden: jax.Array, config: Config) -> jax.Array:
   """[..., W] after the final norm -> float32[..., V], lm_head's rows of the action ids only."""
-  table = params["llm"]["head"]["table"][config.first_action : config.action_end].astype(hidden.dtype)
-  return jnp.einsum("...w,vw->...v", hidden, table, preferred_element_type=jnp.float32)
+  return nn.rows(params["llm"]["head"], hidden, config.first_action, config.action_end)
 
 
 def value_head(params: Params, hidden: jax.Array) -> jax.Array:

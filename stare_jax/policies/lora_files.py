@@ -1,0 +1,214 @@
+"""PEFT adapter folders in and out: adapter_config.json, adapter_model.safetensors, and the value head beside them.
+
+  base_model.model.<module>.lora_A.weight   [r, I], of the patch embedding's convolution [r, 3, p, p]
+  base_model.model.<module>.lora_B.weight   [O, r], there [O, r, 1, 1]
+  value_head.safetensors                    ours, where a value head is saved; peft does not read it
+
+peft.PeftModel.from_pretrained takes what `save` writes, and `load` what peft writes. Adapters on modules that no output
+depends on ("all-linear" makes some) have no place here: `load` hands them back as they were, and `save` writes them
+again. A pickle is never opened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.checkpoint import CheckpointError
+from stare_jax.policies import lora as adapters
+from stare_jax.policies import openvla_names as names
+from stare_jax.policies import tensor_files
+from stare_jax.policies.lora import Lora, Module
+from stare_jax.policies.sizes import Config
+from stare_jax.policies.tensor_files import Plan
+
+CONFIG, WEIGHTS, VALUE = "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"
+PREFIX = "base_model.model."
+REFUSED = {  # of adapter_config.json: what changes the forward pass in a way that these adapters do not know
+  "use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "modules_to_save": None,
+  "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None, "trainable_token_indices": None,
+  "target_parameters": None, "use_qalora": False, "use_bdlora": None,
+}  # fmt: skip
+
+
+class Loaded(NamedTuple):
+  """An adapter folder.
+
+  Attributes:
+    lora: which modules, rank and scale.
+    adapters: the "lora" part of the parameters, numpy float32.
+    value: the "value" part, numpy, or None where the folder has no value head.
+    kept: {name: array as in the file} of adapters on modules that no output depends on; for `save`.
+  """
+
+  lora: Lora
+  adapters: dict[str, Any]
+  value: dict[str, Any] | None
+  kept: dict[str, np.ndarray]
+
+
+def save(
+  folder: str | os.PathLike,
+  config: Config,
+  lora: Lora,
+  params: Any,
+  *,
+  base: str = "",
+  kept: Mapping[str, np.ndarray] | None = None,
+) -> pathlib.Path:
+  """Writes the adapters (and the value head) of `params`, which may lie on any mesh, as float32.
+
+    folder: must not exist yet.   base: name or folder of the base model, for whoever opens it.
+    kept: of `load`, written again as they were.
+  """
+  folder = pathlib.Path(folder)
+  if folder.exists():
+    raise CheckpointError(f"{folder} exists already; name a new folder, or remove that one")
+  arrays = dict(_public(lora, jax.device_get(params["lora"])))
+  arrays |= dict(kept or {})
+  modules = sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in arrays})
+  alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+  described = {
+    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base or None, "inference_mode": True,
+    "r": lora.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": modules,
+    "init_lora_weights": "gaussian", "use_rslora": lora.rslora, "use_dora": False, "bias": "none",
+    "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+  }  # fmt: skip
+  partial = folder.with_name(f".{folder.name}.partial")
+  partial.mkdir(parents=True)
+  (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+  _write(partial / WEIGHTS, arrays)
+  head = {t.name: names.leaf(params, t.path) for t in names.value_tensors(config)}
+  head = {t.name: names.from_block(t, np.asarray(jax.device_get(head[t.name]))) for t in names.value_tensors(config)}
+  _write(partial / VALUE, head)
+  partial.rename(folder)
+  return folder
+
+
+def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  tensor_files.write(path, [Plan(name, x.dtype, x.shape) for name, x in arrays.items()], arrays.values())
+
+
+def _index(lora: Lora, module: Module) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+  """The place of a module, and its index into that place's a and b."""
+  place = next(place for place in lora.places if place.path == module.path)
+  layer = module.layer if place.layers is None or module.layer is None else place.layers.index(module.layer)
+  lead = () if layer is None else (layer,)
+  group = () if module.group is None else (place.groups.index(module.group),)
+  return place, (*lead, slice(None), *group), (*lead, *group)
+
+
+def _public(lora: Lora, tree: Any):
+  """(name, float32 array) of every adapted module, in PEFT's layout."""
+  for module in lora.modules:
+    place, at_a, at_b = _index(lora, module)
+    pair = names.leaf(tree, "/".join(place.path))
+    a, b = np.asarray(pair["a"], np.float32)[at_a], np.asarray(pair["b"], np.float32)[at_b]
+    a, b = a.T, b.reshape(lora.rank, -1).T
+    if len(module.inputs) == 3:  # pixels are (row, column, channel) here
+      channels, *window = module.inputs
+      a, b = a.reshape(-1, *window, channels).transpose(0, 3, 1, 2), b[:, :, None, None]
+    yield f"{PREFIX}{module.name}.lora_A.weight", np.ascontiguousarray(a)
+    yield f"{PREFIX}{module.name}.lora_B.weight", np.ascontiguousarray(b)
+
+
+def load(folder: str | os.PathLike, config: Config) -> Loaded:
+  """The adapters of a folder that peft or `save` wrote, for a policy of this configuration.
+
+  Raises: CheckpointError, naming the tensor or the setting, for what is missing, unknown, misshapen or not plain LoRA.
+  """
+  folder = pathlib.Path(folder)
+  rank, alpha, rslora = _settings(folder)
+  entries = {name: tensor_files.view(e) for name, e in tensor_files.read_header(folder / WEIGHTS).items()}
+  pairs, known = _pairs(folder, entries), {module.name: module for module in adapters.modules(config)}
+  dead = adapters.unused(config)
+  if unknown := [name for name in pairs if name not in known and name not in dead]:
+    near = difflib.get_close_matches(unknown[0], [*known, *dead], n=1, cutoff=0.0)[0]
+    raise CheckpointError(f"{folder / WEIGHTS} adapts {unknown[0]} ({len(unknown)} such modules), which this policy "
+                          f"does not have; nearest: {near}. Load it with the policy that it was trained on")
+  chosen = [module for module in known.values() if module.name in pairs]
+  if not chosen:
+    raise CheckpointError(f"{folder / WEIGHTS} adapts no module that an output depends on")
+  lora = adapters.of_modules(config, chosen, rank=rank, alpha=alpha, rslora=rslora)
+  shapes = {place.path: (np.zeros(place.a, np.float32), np.zeros(place.b, np.float32)) for place in lora.places}
+  for module in chosen:
+    _check(folder, module, pairs[module.name], rank)
+    a, b = (np.asarray(x, np.float32) for x in pairs[module.name])
+    if len(module.inputs) == 3:
+      a = a.transpose(0, 2, 3, 1)
+    place, at_a, at_b = _index(lora, module)
+    target_a, target_b = shapes[place.path]
+    target_a[at_a] = a.reshape(rank, -1).T
+    target_b[at_b] = b.reshape(module.outputs, rank).T.reshape(target_b[at_b].shape)
+  tree = names.nest({f"{'/'.join(path)}/{name}": x for path, pair in shapes.items() for name, x in zip("ab", pair)})
+  kept = {name: np.array(x) for name, x in entries.items() if _module(name) in dead}
+  return Loaded(lora, tree, _value(folder, config), kept)
+
+
+def _settings(folder: pathlib.Path) -> tuple[int, float, bool]:
+  """Rank, alpha and whether the scale is alpha / sqrt(rank)."""
+  found = tensor_files.read_json(folder / CONFIG)
+  if found.get("peft_type") != "LORA":
+    raise CheckpointError(f'{folder / CONFIG}: peft_type is {found.get("peft_type")!r}, expected "LORA"')
+  for key, plain in REFUSED.items():
+    if found.get(key, plain) not in (plain, None, [], {}, False):
+      raise CheckpointError(f"{folder / CONFIG}: {key} = {found[key]!r} is not read, only plain LoRA is: merge this "
+                            f"adapter with peft's merge_and_unload and load the merged model")
+  try:
+    return int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora", False))
+  except (KeyError, TypeError, ValueError) as error:
+    raise CheckpointError(f"{folder / CONFIG} has no usable r and lora_alpha ({error!r}); fetch it again") from error
+
+
+def _module(name: str) -> str:
+  return name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+
+
+def _pairs(folder: pathlib.Path, entries: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """{module: (A, B)}."""
+  out = {}
+  for name in entries:
+    ends = [f"{PREFIX}{_module(name)}.lora_{x}.weight" for x in "AB"]
+    if name not in ends:
+      raise CheckpointError(f"{folder / WEIGHTS} holds {name}, expected {PREFIX}<module>.lora_A.weight or B")
+    if lost := [end for end in ends if end not in entries]:
+      raise CheckpointError(f"{folder / WEIGHTS} lacks {lost[0]}, the other half of {name}; fetch the file again")
+    out[_module(name)] = tuple(entries[end] for end in ends)
+  return out
+
+
+def _check(folder: pathlib.Path, module: Module, pair: tuple[np.ndarray, np.ndarray], rank: int) -> None:
+  ones = (1, 1) if len(module.inputs) == 3 else ()
+  expected = {"A": (rank, *module.inputs), "B": (module.outputs, rank, *ones)}
+  for (name, shape), x in zip(expected.items(), pair):
+    if x.shape != shape:
+      raise CheckpointError(f"{folder / WEIGHTS}: {module.name}.lora_{name} is {list(x.shape)}, expected {list(shape)} "
+                            f"at rank {rank}: it belongs to another network, or its {CONFIG} to another adapter")
+
+
+def _value(folder: pathlib.Path, config: Config) -> dict[str, Any] | None:
+  if not (folder / VALUE).exists():
+    return None
+  table, entries = names.value_tensors(config), tensor_files.read_header(folder / VALUE)
+  names.check_shapes(str(folder / VALUE), table, {name: e.shape for name, e in entries.items()})
+  leaves = {t.path: names.from_public(t, np.array(tensor_files.view(entries[t.name]))) for t in table}
+  return names.nest(leaves)["value"]
+
+
+def params_of(loaded: Loaded, base: Any) -> dict[str, Any]:
+  """{"base", "lora", "value"} of `lora.wrap(policy, loaded.lora)`: the folder's adapters on a backbone's parameters.
+
+  base: as of `openvla_files.load`, shared and not copied; its value head serves where the folder has none.
+  """
+  full = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+  rest = {name: x for name, x in base.items() if name != "value"}
+  value = base["value"] if loaded.value is None else loaded.value
+  return {"base": rest, "lora": full(loaded.adapters), "value": full(value)}

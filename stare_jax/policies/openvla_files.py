@@ -1,0 +1,361 @@
+"""Public OpenVLA checkpoints: a folder to (policy, parameters) on any mesh, and back to a folder of the same format.
+
+Reading goes tensor by tensor: each is cut as its parameter is sharded, this process reads its own pieces, and the
+device writes them into the stacked parameter in place. The host holds one tensor at a time, whatever the mesh. All
+names, shapes, dtypes and file lengths are checked before the first one is read.
+
+Writing goes tensor by tensor too, into a folder beside the target that takes its name when it is complete. What was not
+trained comes back bit for bit; the parts of the public network that do not exist here are read again from `source`.
+
+  value_head.safetensors      ours: the value head, if there is one
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stare_jax import sharding
+from stare_jax.checkpoint import CheckpointError
+from stare_jax.policies import ActionStats, Policy, openvla, openvla_config, tensor_files
+from stare_jax.policies import openvla_names as names
+from stare_jax.policies.openvla_names import Tensor, to_params, to_public
+from stare_jax.policies.sizes import Config
+from stare_jax.policies.tensor_files import Entry, Plan
+
+__all__ = ["load", "make_policy", "read_params", "save", "to_params", "to_public"]
+
+VALUE_FILE = "value_head.safetensors"
+SHARD_BYTES = 5_000_000_000
+Params = dict[str, Any]
+
+
+# Reading -------------------------------------------------------------------------------------------------
+
+
+def load(
+  folder: str | os.PathLike,
+  *,
+  mesh: Mesh | None = None,
+  unnorm_key: str | None = None,
+  stats: ActionStats | None = None,
+  tokenizer: Callable[[str], list[int]] | None = None,
+  key: jax.Array | None = None,
+  **options: Any,
+) -> tuple[Policy, Params]:
+  """(policy, parameters) of a folder such as openvla/openvla-7b.
+
+    mesh: where the parameters go, by the policy's own rules; None for the default device.
+    unnorm_key: the data set whose action statistics apply; may be left out where there is only one.
+    stats: other action statistics, instead.
+    tokenizer: text to ids without begin token, instead of the folder's tokenizer.json.
+    key: for a value head, if the folder has none of ours.
+    options: fields of `sizes.Config`, such as prompt_length=64. param_dtype is the files' unless it is given.
+  Raises: CheckpointError for a folder that is not a whole checkpoint of this kind, before anything is read from it.
+  """
+  policy = make_policy(folder, unnorm_key=unnorm_key, stats=stats, tokenizer=tokenizer, **options)
+  return policy, read_params(folder, policy.config, mesh=mesh, key=key)
+
+
+def make_policy(
+  folder: str | os.PathLike,
+  *,
+  unnorm_key: str | None = None,
+  stats: ActionStats | None = None,
+  tokenizer: Callable[[str], list[int]] | None = None,
+  **options: Any,
+) -> Policy:
+  """The policy of a folder without its parameters; arguments as in `load`."""
+  if stats is None:
+    _, stats = openvla_config.read_statistics(folder, unnorm_key)
+  options = {"action_size": len(stats.q01), **options}
+  if "param_dtype" not in options:
+    options["param_dtype"] = _dtype_of(folder)
+  options.setdefault("compute_dtype", options["param_dtype"])
+  if "value_hidden" not in options and (value := _value_entries(folder)):
+    options["value_hidden"] = _value_sizes(value)
+  config = openvla_config.read_config(folder, options)
+  if tokenizer is None:
+    tokenizer = openvla_config.read_tokenizer(folder, config)
+    config = openvla_config.read_config(folder, {"start": tokenizer.start, **options})
+  return openvla.make(size=config, stats=stats, tokenizer=tokenizer)
+
+
+def read_params(
+  folder: str | os.PathLike, config: Config, *, mesh: Mesh | None = None, key: jax.Array | None = None
+) -> Params:
+  """The parameters of a folder in config.param_dtype, placed on the mesh; see `load`.
+
+  The value head comes from the folder's value_head.safetensors, in that file's dtype, or starts anew from `key`.
+  """
+  table, entries = names.tensors(config), tensor_files.read_folder(folder)
+  names.check_shapes(str(folder), table, {name: e.shape for name, e in entries.items()})
+  jobs = [(t, entries[t.name], jnp.dtype(config.param_dtype)) for t in table if t.path]
+  if value := _value_entries(folder):
+    head = names.value_tensors(config)
+    names.check_shapes(str(pathlib.Path(folder) / VALUE_FILE), head, {name: e.shape for name, e in value.items()})
+    jobs += [(t, value[t.name], value[t.name].dtype) for t in head]
+  full = names.shapes(config)
+  where = {path: _place(path, shape, mesh) for path, shape in full.items()}
+  leaves: dict[str, jax.Array] = {}
+  for t, entry, dtype in jobs:
+    # Waiting keeps the host from reading ahead of the device: every tensor on its way is a copy in memory.
+    leaves[t.path] = jax.block_until_ready(_fill(leaves.get(t.path), t, entry, full[t.path], dtype, where[t.path]))
+  params = names.nest(leaves)
+  if "value" not in params:
+    part = {path.partition("/")[2]: place for path, place in where.items() if path.startswith("value/")}
+    start = jax.jit(functools.partial(openvla.init, config, part="value"), out_shardings=names.nest(part))
+    params["value"] = start(jax.random.key(0) if key is None else key)
+  return params
+
+
+def _dtype_of(folder: str | os.PathLike) -> str:
+  """The one dtype of a folder's tensors."""
+  found = {str(entry.dtype) for entry in tensor_files.read_folder(folder).values()}
+  if len(found) != 1:
+    raise CheckpointError(f"{folder} mixes {', '.join(sorted(found))}: choose with param_dtype=, such as "
+                          f'param_dtype="bfloat16"')
+  return found.pop()
+
+
+def _value_entries(folder: str | os.PathLike) -> dict[str, Entry]:
+  path = pathlib.Path(folder) / VALUE_FILE
+  return tensor_files.read_header(path) if path.exists() else {}
+
+
+def _value_sizes(entries: Mapping[str, Entry]) -> tuple[int, ...]:
+  """The hidden widths of the value head in a file."""
+  weights = (f"{names.VALUE_HEAD}fc{i}.weight" for i in range(1, len(entries) + 1))
+  return tuple(entries[name].shape[0] for name in weights if name in entries and len(entries[name].shape) == 2)[:-1]
+
+
+def _place(path: str, shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
+  return None if mesh is None else NamedSharding(mesh, sharding.param_spec(path, shape, openvla.PARAM_AXES, mesh))
+
+
+def _split_spec(t: Tensor, spec: P) -> P:
+  """How the split view of a tensor is cut, given how its parameter is: every cut axis is an axis of both.
+
+  An axis keeps its place when its axes are merged or get unit ones beside them: as many numbers follow it.
+  """
+  after = lambda shape, i: math.prod(shape[i + 1 :])
+  moved = [t.split[a] for a in t.axes]
+  out: list[Any] = [None] * len(t.split)
+  for i, axis in enumerate(spec):
+    if axis is not None:
+      same = [k for k, n in enumerate(moved) if n == t.block[i] and after(moved, k) == after(t.block, i)]
+      out[t.axes[same[0]]] = axis
+  return P(*out)
+
+
+def _piece(t: Tensor, entry: Entry, where: NamedSharding | None) -> jax.Array:
+  """The tensor's split view on the devices; this process reads what its own devices hold, each piece once."""
+  source = tensor_files.view(entry).reshape(t.split)
+  if where is None:
+    return jax.device_put(np.array(source))
+  cut = NamedSharding(where.mesh, _split_spec(t, where.spec))
+  read = functools.cache(lambda *bounds: np.array(source[tuple(slice(*b) for b in bounds)]))
+  at = lambda index: [s.indices(n)[:2] for s, n in zip(index, t.split)]
+  return jax.make_array_from_callback(t.split, cut, lambda index: read(*at(index)))
+
+
+def _fill(leaf: jax.Array | None, t: Tensor, entry: Entry, full: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
+  """The parameter with this tensor in; a new one, zero elsewhere, if there is none yet. `leaf` is used up."""
+  form, piece = t._replace(name="", shape=(), path="", start=()), _piece(t, entry, where)
+  start = [np.int32(a) for a, n, m in zip(t.start, t.block, full) if n != m]
+  if leaf is None:
+    return _first(form, full, np.dtype(dtype), where)(piece, *start)
+  return _next(form, full, where)(leaf, piece, *start)
+
+
+def _starts(t: Tensor, full: tuple[int, ...], moving: tuple[Any, ...]) -> list[Any]:
+  """Indices for an update; constant 0 on whole axes, which may be cut over devices."""
+  rest = iter(moving)
+  return [0 if n == m else next(rest) for n, m in zip(t.block, full)]
+
+
+@functools.lru_cache(maxsize=512)
+def _first(t: Tensor, full: tuple[int, ...], dtype: np.dtype, where: Any) -> Callable[..., jax.Array]:
+  def first(piece: jax.Array, *start: Any) -> jax.Array:
+    block = names.from_public(t, piece).astype(dtype)
+    return block if t.block == full else jax.lax.dynamic_update_slice(
+      jnp.zeros(full, dtype), block, _starts(t, full, start)
+    )  # fmt: skip
+
+  return jax.jit(first, out_shardings=where)
+
+
+@functools.lru_cache(maxsize=512)
+def _next(t: Tensor, full: tuple[int, ...], where: Any) -> Callable[..., jax.Array]:
+  def following(leaf: jax.Array, piece: jax.Array, *start: Any) -> jax.Array:
+    block = names.from_public(t, piece).astype(leaf.dtype)
+    return jax.lax.dynamic_update_slice(leaf, block, _starts(t, full, start))
+
+  return jax.jit(following, out_shardings=where, donate_argnums=0)
+
+
+# Writing -------------------------------------------------------------------------------------------------
+
+
+def save(
+  folder: str | os.PathLike,
+  policy: Policy | Config,
+  params: Any,
+  source: str | os.PathLike | None = None,
+  *,
+  stats: ActionStats | None = None,
+  dataset: str = "stare_jax",
+  dtype: str | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> pathlib.Path:
+  """A public checkpoint folder; every process of a run calls it, and the first one writes.
+
+    folder: must not exist yet; it appears when it is complete.
+    params: as of `load`, on any mesh, or numpy arrays. The value head goes into a file of its own.
+    source: the folder that the policy came from. Its other files are carried over, and the tensors that do not exist
+      here re-emitted; without it the configuration is written anew, and there is no tokenizer.json.
+    stats: action statistics that replace the source's, under the name `dataset`: of a policy fine-tuned here.
+    dtype: of the tensors, "bfloat16", "float16" or "float32"; None as the parameters are.
+    shard_bytes: files are no larger than this, but for a single larger tensor.
+  Raises: CheckpointError; nothing is left behind then.
+  """
+  config, folder = getattr(policy, "config", policy), pathlib.Path(folder).absolute()
+  dead = _check_save(folder, config, params, source)
+  cast = None if dtype is None else np.dtype(jnp.dtype(dtype))
+  plan, value = [], []
+  for t in names.tensors(config):
+    if t.path:
+      plan.append(Plan(t.name, cast or np.dtype(names.leaf(params, t.path).dtype), t.shape))
+    elif t.name in dead:
+      plan.append(Plan(t.name, dead[t.name].dtype, t.shape))
+  for t in names.value_tensors(config):
+    value.append(Plan(t.name, np.dtype(names.leaf(params, t.path).dtype), t.shape))
+  wide_first = sorted(plan, key=lambda row: -row.dtype.itemsize)  # keeps every tensor aligned; stable
+  files = tensor_files.shards(wide_first, shard_bytes) | {VALUE_FILE: value}
+  table = {t.name: t for t in (*names.tensors(config), *names.value_tensors(config))}
+
+  def arrays(rows: list[Plan]) -> Iterator[np.ndarray]:
+    for row in rows:
+      t = table[row.name]
+      yield _take(names.leaf(params, t.path), t, row.dtype) if t.path else tensor_files.view(dead[t.name])
+
+  if jax.process_index() == 0:
+    _write(folder, config, source, stats and openvla_config.statistics_json(dataset, stats), files, arrays)
+  else:
+    for rows in files.values():  # takes part in gathering
+      for _ in arrays(rows):
+        pass
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("public checkpoint written")
+  return folder
+
+
+def _check_save(folder: pathlib.Path, config: Config, params: Any, source: Any) -> dict[str, Entry]:
+  """The source's dead tensors, once nothing stands against saving."""
+  if folder.exists():
+    raise CheckpointError(f"{folder} exists already; name a new folder, or remove that one")
+  pairs = jax.tree_util.tree_leaves_with_path(params)
+  came = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in pairs}
+  full = names.shapes(config)
+  if differ := sorted(path for path in {*came, *full} if came.get(path) != full.get(path)):
+    path = differ[0]
+    raise CheckpointError(f"parameters: {path} is {came.get(path, 'absent')}, expected {full.get(path, 'none')} "
+                          f"({len(differ)} differ); merge adapters first, and pass the policy that they belong to")
+  if source is None:
+    openvla_config.config_json(config)
+    return {}
+  entries = tensor_files.read_folder(source)
+  names.check_shapes(f"source {source}", names.tensors(config), {name: e.shape for name, e in entries.items()})
+  return {t.name: entries[t.name] for t in names.tensors(config) if not t.path and t.name in entries}
+
+
+def _take(leaf: Any, t: Tensor, dtype: np.dtype) -> np.ndarray:
+  """One public tensor out of a parameter, on the host."""
+  if not isinstance(leaf, jax.Array):
+    block = np.asarray(leaf)[tuple(slice(a, a + n) for a, n in zip(t.start, t.block))]
+    return names.from_block(t, block).astype(dtype, copy=False)
+  where = leaf.sharding
+  whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
+  start = [np.int32(a) for a, n, m in zip(t.start, t.block, leaf.shape) if n != m]
+  return np.asarray(_taker(t._replace(name="", path="", start=()), leaf.shape, dtype, whole)(leaf, *start))
+
+
+@functools.lru_cache(maxsize=512)
+def _taker(t: Tensor, full: tuple[int, ...], dtype: np.dtype, where: Any) -> Callable[..., jax.Array]:
+  def take(leaf: jax.Array, *start: Any) -> jax.Array:
+    return names.from_block(t, jax.lax.dynamic_slice(leaf, _starts(t, full, start), t.block)).astype(dtype)
+
+  return jax.jit(take, out_shardings=where)
+
+
+def _write(
+  folder: pathlib.Path,
+  config: Config,
+  source: Any,
+  statistics: dict[str, Any] | None,
+  files: Mapping[str, list[Plan]],
+  arrays: Callable[[list[Plan]], Iterator[np.ndarray]],
+) -> None:
+  """Everything beside the target, durable; then the rename that makes it a checkpoint."""
+  partial = folder.with_name(f".{folder.name}.partial")
+  size = sum(row.nbytes for rows in files.values() for row in rows)
+  try:
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    if (free := shutil.disk_usage(partial).free) < 1.01 * size:
+      raise CheckpointError(f"disk full: {folder} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; free "
+                            f"some space, or choose a folder on another disk. Nothing was written")
+    for name, text in _side_files(config, source, statistics, files).items():
+      if isinstance(text, pathlib.Path):
+        shutil.copyfile(text, partial / name)
+      else:
+        (partial / name).write_text(json.dumps(text, indent=2) + "\n")
+    for name, rows in files.items():
+      tensor_files.write(partial / name, rows, arrays(rows))
+    for path in (*partial.iterdir(), partial):
+      _sync(path)
+    partial.rename(folder)
+    _sync(folder.parent)
+  except BaseException as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(error, OSError):
+      raise CheckpointError(f"{folder} could not be written ({error.strerror or error}); nothing was left behind. "
+                            f"Check space and permissions, or choose another folder") from error
+    raise
+
+
+def _sync(path: pathlib.Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def _side_files(
+  config: Config, source: Any, statistics: dict[str, Any] | None, files: Mapping[str, list[Plan]]
+) -> dict[str, pathlib.Path | dict[str, Any]]:
+  """The other files: name -> a file to copy, or the JSON to write."""
+  out: dict[str, Any] = {}
+  if source is None:
+    out["config.json"], out["preprocessor_config.json"] = openvla_config.config_json(config)
+  else:
+    weights = (*tensor_files.PICKLES, ".safetensors", ".index.json")
+    out = {p.name: p for p in pathlib.Path(source).iterdir() if p.is_file() and not p.name.endswith(weights)}
+  if statistics is not None:
+    out["dataset_statistics.json"] = statistics
+  shards = {name: rows for name, rows in files.items() if name != VALUE_FILE}
+  return out | ({tensor_files.INDEX: tensor_files.index_of(shards)} if len(shards) > 1 else {})
