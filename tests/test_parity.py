@@ -42,7 +42,7 @@ SMALL = dict(
   param_dtype="float32",
   remat=False,
 )
-INSTRUCTIONS = ["put the spoon on the towel", "stack", "put eggplant in the yellow basket now please"]
+INSTRUCTIONS = ["put the spoon on the towel", "stack the green block", "put eggplant in the yellow basket now please"]
 BRIDGE = policies.ActionStats(
   np.array([-0.02872725, -0.0417035, -0.02609386, -0.08092105, -0.092887, -0.20718276, 0.0], np.float32),
   np.array([0.02830968, 0.04085525, 0.04016159, 0.08192048, 0.07792851, 0.20382575, 1.0], np.float32),
@@ -200,14 +200,14 @@ def compiled_act():
 
 
 def test_greedy_and_sampled_actions():
-  """The same action tokens under the same noise, their log-probabilities, the value, the action in the robot's units."""
+  """The same tokens under the same noise, their log-probabilities, the value, the action in the robot's units."""
   p, model = pair(), pair().model
   keys = jax.random.split(jax.random.key(4), 3)
-  noise = torch.from_numpy(np.array(jax.vmap(lambda key: jax.random.gumbel(key, (7, 256)))(keys)))
+  noise = torch.from_numpy(np.array(jax.vmap(lambda key: jax.random.gumbel(key, (1, 7, 256)))(keys)))
   for temperature in (0.0, 1.0, 0.6):
     out = compiled_act()(p.params, p.obs, keys, jnp.float32(temperature))
-    draw = lambda pixels, ids, i: model.sample(pixels, ids, noise[i : i + 1] if temperature else None, temperature)
-    bins, log_prob = p.rows(draw)
+    rolls = noise if temperature else [None] * 3
+    bins, log_prob = p.rows(lambda x, ids, i, t=temperature, r=rolls: model.sample(x, ids, r[i], t))
     np.testing.assert_array_equal(out.tokens, bins)
     np.testing.assert_allclose(out.log_prob, log_prob if temperature else 0 * log_prob, atol=ATOL)
     np.testing.assert_allclose(out.value, p.expected[1], atol=ATOL)
@@ -232,10 +232,10 @@ def test_a_broken_rule_would_show(rule):
 
 
 def test_bfloat16():
-  """Weights and products in bfloat16: as near to float32 as PyTorch is, and as near to PyTorch as both errors allow.
+  """Weights and products in bfloat16, against PyTorch in bfloat16 and both against float32 on the same rounded weights.
 
-  Measured here: logits of standard deviation 1.1; largest error against float32 on the same rounded weights BF16_OURS
-  here and BF16_TORCH in PyTorch. Both round the same sums in another order, so they are no nearer to each other.
+  Measured: logits of standard deviation 1.1 differ from float32 by up to 0.058 here and 0.050 in PyTorch, and by 0.063
+  from each other, as two roundings of one sum may; the value by 0.012 and 0.009. So 0.1, and twice PyTorch's own error.
   """
   p = pair()
   policy, model = build(compute_dtype="bfloat16", param_dtype="bfloat16")
@@ -246,9 +246,10 @@ def test_bfloat16():
   with torch.no_grad():
     half = p.rows(lambda pixels, ids, i: model.teacher_forced(pixels.bfloat16(), ids, bins[i : i + 1]))
     exact = p.rows(lambda pixels, ids, i: model.float().teacher_forced(pixels, ids, bins[i : i + 1]))
-  ours, torchs = gap(out.logits, p.actions(exact[0])), gap(p.actions(half[0]), p.actions(exact[0]))
-  print("bf16", ours, torchs, gap(out.logits, p.actions(half[0])), gap(out.value, exact[1]), gap(half[1], exact[1]))
-  assert ours < 1.5 * torchs
+  error = [gap(x, p.actions(exact[0])) for x in (out.logits, p.actions(half[0]))]
+  assert 0 < error[0] < min(2 * error[1], 0.1)
+  assert gap(out.logits, p.actions(half[0])) < 0.1
+  assert gap(out.value, exact[1]) < 0.03
 
 
 # The peers' decoding, `faithful=True`.
