@@ -124,7 +124,7 @@ def read_params(
   if "value" not in params:
     part = {path.partition("/")[2]: place for path, place in where.items() if path.startswith("value/")}
     start = jax.jit(functools.partial(openvla.init, config, part="value"), out_shardings=names.nest(part))
-    params["value"] = start(jax.random.key(0) if key is None else key)
+    params["value"] = start(sharding.replicate(jax.random.key(0) if key is None else key, mesh))
   return params
 
 
