@@ -57,6 +57,16 @@ def digest(folder: str) -> str:
   return found.hexdigest()
 
 
+def check_digest(folder: Any, found: str, where: str, step: int | None = None) -> None:
+  """Refuses a run's checkpoint whose adapters were trained on another base than `where`, of digest `found`."""
+  came = checkpoint.read_meta(folder, step).get("base", "")
+  if came != found:
+    raise checkpoint.CheckpointError(
+      f"checkpoint {folder} holds {'adapters of a base' if came else 'parameters'} with digest {came or 'none'}, and "
+      f"{where} has {found or 'none'}: name the public folder that it was trained on, or another checkpoint"
+    )
+
+
 class Base:
   """The frozen part of a run's parameters, once it is known; and what of a state a checkpoint holds."""
 
@@ -70,6 +80,10 @@ class Base:
     """Whether the frozen part can be read again from `policy.checkpoint`, so that no checkpoint needs to hold it."""
     return bool(self._config.policy.checkpoint and self._config.policy.lora.rank)
 
+  @property
+  def _where(self) -> str:
+    return f"policy.checkpoint {self._config.policy.checkpoint}" if self.elsewhere else "no policy.checkpoint"
+
   def saved(self, policy: policies.Policy, state: train.TrainState) -> train.TrainState:
     """What of a state a checkpoint holds."""
     return train.split_state(state, policy.trainable)[0] if self.elsewhere else state
@@ -77,20 +91,9 @@ class Base:
   def restore(self, policy: policies.Policy, folder: Any, state: train.TrainState, config: Any) -> tuple[Any, Any]:
     """(state, meta) of the newest checkpoint; frozen parameters stay those of `state`."""
     own, frozen = train.split_state(state, policy.trainable)
-    self.check(folder)
+    check_digest(folder, self.digest, self._where)
     own, meta = checkpoint.restore(folder, own, config=config, partial=policy.trainable is not None)
     return train.join_state(own, frozen), meta
-
-  def check(self, folder: Any) -> None:
-    """Refuses a checkpoint whose adapters were trained on another base."""
-    came = checkpoint.read_meta(folder).get("base", "")
-    if came != self.digest:
-      where = self._config.policy.checkpoint or "no policy.checkpoint"
-      raise checkpoint.CheckpointError(
-        f"checkpoint {folder} holds {'adapters of a base' if came else 'parameters'} with digest {came or 'none'}, "
-        f"this run has {where} with digest {self.digest or 'none'}: name the folder that it was trained on with "
-        f"--config.policy.checkpoint, or start from another --config.init_from"
-      )
 
   def sha256(self, policy: policies.Policy, params: Any) -> str:
     """One digest of the parameters, without fetching a base that is on disk."""
@@ -121,7 +124,7 @@ class Base:
       value = {path.removeprefix("params/"): x for path, x in saved.items() if path.startswith("params/value/")}
       plain = {**abstract["base"], **openvla_names.nest(value)}
       return self._shared(policy, self._adapted(policy, read(plain, openvla.PARAM_AXES if axes else None), key))
-    self.check(folder)
+    check_digest(folder, self.digest, self._where)
     if self.elsewhere and self._frozen is None:
       self.initial(policy, key, mesh)
     if self._frozen is None:
