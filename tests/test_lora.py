@@ -42,7 +42,6 @@ SMALL = dict(
   value_hidden=(12,),
   compute_dtype="float32",
   param_dtype="float32",
-  remat=False,
 )
 STATS = policies.ActionStats(-np.ones(7, np.float32), np.ones(7, np.float32), np.arange(7) < 6)
 PUBLIC = "proj qkv fc1 fc2 fc3 q kv q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
@@ -160,7 +159,7 @@ def peft_model(targets, **options):
   policy, plain, _, _, _ = base()
   model = torch_openvla.OpenVLA(policy.config)
   model.load_state_dict(plain.state_dict())
-  config = peft.LoraConfig(target_modules=targets, init_lora_weights="gaussian", **{"r": 4, "lora_alpha": 6, **options})
+  config = peft.LoraConfig(target_modules=targets, exclude_modules=r"value_head\..*", r=4, lora_alpha=6, **options)
   model = peft.get_peft_model(model, config)
   generator = torch.Generator().manual_seed(3)
   for name, p in model.named_parameters():
