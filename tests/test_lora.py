@@ -348,6 +348,29 @@ def test_an_update_moves_the_adapters_alone_whatever_the_micro_batch():
   assert sorted(x.size for x in moments) == sorted(2 * [x.size for x in trained])
 
 
+def test_a_mesh_gives_the_update_of_one_device():
+  """Base, adapters and moments in pieces, over fsdp and tensor: the same step, and everything stays where it lies."""
+  _, wrapped, params = adapted()
+  mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+  tx, rows = optax.sgd(1.0, momentum=0.9), batch()
+  moved = []
+  for where in ({}, dict(mesh=mesh, param_axes=wrapped.param_axes)):
+    update = train.make_update(loss_of(wrapped), tx, trainable=wrapped.trainable, **where)
+    state = train.new_state(params, tx, trainable=wrapped.trainable, **where)
+    before = state.params["base"]["llm"]["layers"]["attn"]["qkv"]["kernel"]
+    state, metrics = update(state, sharding.put(rows, where.get("mesh")))
+    assert state.params["base"]["llm"]["layers"]["attn"]["qkv"]["kernel"] is before
+    trained, _ = train.split(state.params, wrapped.trainable)
+    moved.append((jax.device_get(trained), train.fetch(metrics, state.params, wrapped.trainable)))
+  places = train.state_shardings(state, mesh, wrapped.param_axes)
+  assert jax.tree.map(lambda x: x.sharding, state) == places
+  cut = {str(x.sharding.spec) for x in jax.tree.leaves(state.opt)}
+  assert any("fsdp" in spec for spec in cut) and any("tensor" in spec for spec in cut)
+  (alone, told), (spread, told_spread) = moved
+  assert told_spread == pytest.approx(told, rel=1e-4)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), alone, spread)
+
+
 def test_two_passes_equal_the_gradient_in_one_piece():
   """StA-TPO through adapters, against the base as reference: no second set of weights, the same gradient."""
   policy = base()[0]
