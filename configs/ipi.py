@@ -22,6 +22,13 @@ PRESETS = {
   },
 }  # fmt: skip
 
+POLICY_STARTS_FROM = dict(
+  checkpoint="",  # a public OpenVLA folder; "": from scratch, or from init_from
+  unnorm_key="",  # the data set of that folder whose action statistics count; "": the demonstrations' own
+  # rank 0: everything is trained. targets: "all-linear", names ("q_proj,v_proj"), or a regular expression
+  lora=dict(rank=0, alpha=16, targets="all-linear"),
+)  # fmt: skip
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   preset, chosen = parse_arg(arg, PRESETS, task="pull_cube", seed=0)
@@ -34,7 +41,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     name="maniskill", num_envs=32, num_workers=2, groups=2, image_size=64, horizon=50,
     timeout=60.0,  # seconds without an answer until a worker is replaced
   )  # fmt: skip
-  c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=16))
+  c.policy = dict(
+    name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=16), **POLICY_STARTS_FROM
+  )  # fmt: skip
   c.init_from = ""  # a checkpoint folder of another run, such as runs/x/checkpoints/imitation
 
   # Supervised fine-tuning on scripted demonstrations.

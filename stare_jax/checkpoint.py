@@ -353,6 +353,12 @@ def read_config(directory: str | os.PathLike, step: int | None = None) -> dict[s
   return _head(*_find(directory, step))["config"]
 
 
+def read_leaves(directory: str | os.PathLike, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+  """{"params/head/kernel": shape and dtype} of what was saved, without touching the arrays."""
+  leaves = _head(*_find(directory, step))["leaves"]
+  return {path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for path, (shape, dtype) in leaves.items()}
+
+
 def check_config(directory: str | os.PathLike, config: Any, step: int | None = None) -> None:
   """Raises ConfigMismatchError, naming the keys, unless the checkpoint was saved with this configuration."""
   directory, step = _find(directory, step)

@@ -22,6 +22,10 @@ CHOICES = {
   "preference.optimiser.schedule": ("constant", "cosine"),
 }  # fmt: skip
 PHASES = ("imitation", "preference", "interaction")
+OF_A_CHECKPOINT = (  # fields of the policy's configuration that a public checkpoint decides
+  "image_size", "patch_size", "dino", "siglip", "projector", "llm_width", "llm_depth", "llm_head_size", "llm_mlp",
+  "vocabulary", "action_end", "bins", "action_size", "bos", "eos", "start", "pad", "template", "word_tokenizer",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -67,6 +71,23 @@ def _divides(c: Any, field: str, value: int, by_field: str, by: int) -> None:
                       f"for example --config.{field}={max(by, 1) * max(1, round(value / max(by, 1)))}")
 
 
+def _validate_policy(c: Any) -> None:
+  options, lora, patch = c.policy.options, c.policy.lora, c.policy.options.get("patch_size", 1)
+  if c.policy.checkpoint:  # frames are resized to what it was trained with
+    if known := [name for name in OF_A_CHECKPOINT if name in options]:
+      raise ConfigError(f"policy.options.{known[0]} = {options[known[0]]} and policy.checkpoint = "
+                        f'"{c.policy.checkpoint}": sizes and vocabulary come from the checkpoint; choose a preset '
+                        f"without policy.options.{', '.join(known)}")
+  elif c.policy.unnorm_key:
+    raise ConfigError(f'policy.unnorm_key = "{c.policy.unnorm_key}" names statistics of a public checkpoint, and '
+                      f"policy.checkpoint is empty: name its folder, or leave unnorm_key empty")
+  elif c.sim.image_size % patch:
+    raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {patch}")
+  if lora.rank < 0 or (lora.rank and not lora.alpha > 0):
+    raise ConfigError(f"policy.lora = {lora.to_dict()}: expected a rank of at least 0 (0: no adapters, everything is "
+                      f"trained) and an alpha of more than 0, such as rank=32, alpha=16")
+
+
 def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   """Cross-field checks. Raises ConfigError."""
   if c.task not in task_names():
@@ -99,9 +120,7 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
     if optimiser.schedule == "cosine" and optimiser.warmup_steps >= total:
       raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} "
                         f"updates to a cosine schedule: choose fewer than {total}")
-  patch = c.policy.options.patch_size
-  if c.sim.image_size % patch:
-    raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {patch}")
+  _validate_policy(c)
   if c.preference.samples < 2 and "preference" in c.phases:
     raise ConfigError(f"preference.samples = {c.preference.samples}: a pair needs at least 2 rollouts of one start")
   if "preference" in c.phases and max(c.preference.buckets) < c.sim.horizon:

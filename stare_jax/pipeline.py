@@ -71,7 +71,7 @@ def imitation(run: Run) -> Any:
   c = run.config.imitation
   episodes = demonstrations(run)
   actions = np.concatenate([episode.actions for episode in episodes])
-  run.use_statistics(policies.ActionStats.from_actions(actions))
+  run.use_statistics(run.folder_statistics or policies.ActionStats.from_actions(actions))
   images = np.concatenate([episode.images for episode in episodes])
   tokens = run.policy.tokenize(actions)
   free = np.array(run.policy.free)
@@ -83,9 +83,10 @@ def imitation(run: Run) -> Any:
     return metrics["loss"], metrics
 
   tx = optimizer(c, c.updates)
-  update = train.make_update(loss_fn, tx, mesh=run.mesh, param_axes=run.param_axes, micro_batches=c.micro_batches)
+  trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
+  update = train.make_update(loss_fn, tx, micro_batches=c.micro_batches, **trained)
   init = functools.partial(starting_params, run, "imitation")
-  state = train.new_state(init(), tx, mesh=run.mesh, param_axes=run.param_axes)
+  state = train.new_state(init(), tx, **trained)
 
   def advance(state, i):
     rows = minibatch(len(images), c.batch, i, run.config.seed)
@@ -130,10 +131,9 @@ def preference(run: Run) -> Any:
 
   kernel = functools.partial(PREFERENCE_LOSSES[c.loss], hp=c.hp)
   tx = optimizer(c, c.updates)
-  update = train.make_preference_update(
-    log_prob, kernel, tx, micro_batch=c.micro_batch, mesh=run.mesh, param_axes=run.param_axes
-  )
-  state = train.new_state(params, tx, mesh=run.mesh, param_axes=run.param_axes)
+  trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
+  update = train.make_preference_update(log_prob, kernel, tx, micro_batch=c.micro_batch, **trained)
+  state = train.new_state(params, tx, **trained)
 
   def advance(state, i):
     rows = minibatch(len(pairs), c.batch, i, run.config.seed)
@@ -155,7 +155,7 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters."""
   c = run.config.evaluation
   fields = {f"evaluation.{k}": v for k, v in c.items()} | {
-    "params": checkpoint.params_sha256(params), "task": run.task.name, "sim": dict(run.config.sim),
+    "params": run.base.sha256(run.policy, params), "task": run.task.name, "sim": dict(run.config.sim),
     "offset": run.config.interaction.offset, "videos": run.config.report.videos,
   }  # fmt: skip
   path = run.workdir / "evaluations" / f"{label}.json"
@@ -250,7 +250,7 @@ def summarise(run: Run, params: Any, command: str, seconds: float) -> dict:
   return {
     "task": run.task.name, "preset": run.config.preset, "seed": run.config.seed,
     "phases": {phase: run.results[phase] for phase in PHASES if phase in run.results},
-    "params_sha256": checkpoint.params_sha256(params), "parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "params_sha256": run.base.sha256(run.policy, params), "parameters": sum(x.size for x in jax.tree.leaves(params)),
     "config": json.loads(run.config.to_json_best_effort()),
     "versions": versions | {"python": platform.python_version()},
     "wall_seconds": run.seconds | {"this launch": seconds}, "env_steps": run.env_steps, "command": command,

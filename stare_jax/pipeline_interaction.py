@@ -28,9 +28,10 @@ def interaction(run: Run) -> Any:
   reference = reference_log_prob(run.policy, params, c) if c.hp.kl_weight else None
   tx = optimizer(c, c.iterations)
   loss_fn = ppo_loss(run.policy, c)
-  update = train.make_update(loss_fn, tx, mesh=run.mesh, param_axes=run.param_axes, micro_batches=c.micro_batches)
+  trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
+  update = train.make_update(loss_fn, tx, micro_batches=c.micro_batches, **trained)
   critic = train_critic.init(jax.random.fold_in(run.key, 1), num_features(run)) if c.critic == "state" else None
-  state = train.new_state(params, tx, mesh=run.mesh, param_axes=run.param_axes, critic=critic)
+  state = train.new_state(params, tx, critic=critic, **trained)
   first = run.seeds("interaction", 1)[0]
 
   def advance(state, i):
@@ -66,7 +67,10 @@ def interaction(run: Run) -> Any:
 
 
 def reference_log_prob(policy: policies.Policy, params: Any, c: Any) -> Callable[[Any, np.ndarray], np.ndarray]:
-  """(obs, tokens int32[N, A]) -> float32[N, A] under the policy that the phase started from, a batch at a time."""
+  """(obs, tokens int32[N, A]) -> float32[N, A] under the policy that the phase started from, a batch at a time.
+
+  A frozen base is the same arrays as the trained policy's: of adapters there are two copies, of the base there is one.
+  """
 
   @jax.jit
   def log_prob(params, obs, tokens):

@@ -17,6 +17,7 @@ import optax
 from stare_jax import batching, checkpoint, dataset, policies, report, sharding, sims, tasks, train
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
+from stare_jax.pipeline_policy import Base, folder_statistics, make_policy, table
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
 log = logging.getLogger("stare_jax")
@@ -41,7 +42,9 @@ class Run:
     self.key = jax.random.key(config.seed)
     self._check_shards()
     unit = np.ones(7, np.float32)  # a mistake in the policy's options is answered before any work is done
-    self._make_policy(policies.ActionStats(-unit, unit, unit > 0))
+    make_policy(config, policies.ActionStats(-unit, unit, unit > 0))
+    self.folder_statistics = folder_statistics(config)
+    self.base = Base(config)
     self.policy: policies.Policy | None = None
     self.logger: report.MetricsLogger | None = None
     self._sim: Any = None
@@ -90,20 +93,13 @@ class Run:
         raise ConfigError(f"{field} = {c[section][key]} does not divide over {shards} devices (mesh.data x mesh.fsdp) "
                           f"x {parts} micro-batches: choose a multiple of {parts * shards}, or another --config.mesh")
 
-  def _make_policy(self, stats: policies.ActionStats) -> policies.Policy:
-    c = self.config.policy
-    options = c.options.to_dict()  # a ConfigDict is no Mapping
-    return policies.make(c.name, size=c.size, stats=stats, image_size=self.config.sim.image_size, **options)
-
   def use_statistics(self, stats: policies.ActionStats) -> None:
     self.stats = stats
-    self.policy = self._make_policy(stats)
+    self.policy = make_policy(self.config, stats)
     self.act = compile_act(self.policy)
     self.param_axes = self.policy.param_axes if self.mesh.size > 1 else None
     if not self._announced:
-      shapes = jax.eval_shape(self.policy.init, self.key)
-      places = sharding.shardings(shapes, self.policy.param_axes, self.mesh)
-      log.info("%s", sharding.table(shapes, places, self.mesh))
+      log.info("%s", table(self.policy, jax.eval_shape(self.policy.init, self.key), self.mesh))
       self._announced = True
 
   def obs(self, images: np.ndarray) -> policies.Obs:
@@ -154,7 +150,7 @@ def restore(run: Run, phase: str, state: train.TrainState, origin: str) -> tuple
   """(state, meta) of the phase's last checkpoint, or as they are at the start; `origin` is the phase it starts from."""
   if checkpoint.latest(checkpoint_dir(run, phase)) is None:
     return state, {}
-  state, meta = checkpoint.restore(checkpoint_dir(run, phase), state, config=run.identity(phase))
+  state, meta = run.base.restore(run.policy, checkpoint_dir(run, phase), state, run.identity(phase))
   if meta.get("starts_from", origin) != origin:
     came = meta["starts_from"] or "fresh parameters"
     raise ConfigError(f"{phase} in {run.workdir} started from {came}, and this run would start it from {origin}: "
@@ -197,9 +193,10 @@ def advance_until(
     seconds = spent + time.monotonic() - began
     stats = {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()}
     meta = dict(
-      phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats, starts_from=origin
+      phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats, starts_from=origin,
+      base=run.base.digest,
     )  # fmt: skip
-    checkpoint.save(folder, i, state, meta, config=fields, keep=run.config.checkpoint.keep)
+    checkpoint.save(folder, i, run.base.saved(run.policy, state), meta, config=fields, keep=run.config.checkpoint.keep)
 
   saved = start
   with report.Progress(phase, total, initial=start, unit=unit) as bar:
@@ -267,7 +264,7 @@ def predecessor(run: Run, phase: str) -> str:
 
 
 def starting_folder(run: Run, phase: str) -> pathlib.Path | None:
-  """The checkpoints that a phase starts from: of the phase before, or `init_from`; None for fresh parameters.
+  """The checkpoints that a phase starts from: of the phase before, or `init_from`; None for untrained parameters.
 
   Raises: ConfigError if there are none and the phase cannot do without.
   """
@@ -281,21 +278,23 @@ def starting_folder(run: Run, phase: str) -> pathlib.Path | None:
                         f"(name it in --config.phases), or start a new --workdir with --config.init_from={folder}")
   elif run.config.init_from:
     folder = pathlib.Path(run.config.init_from)
+  elif run.folder_statistics is not None:  # a public checkpoint acts as it is
+    folder = None
   else:
-    raise ConfigError(f"{phase} has nothing to start from: {run.workdir} holds no checkpoint of an earlier phase. Run "
-                      f'imitation first, or name a checkpoint folder with --config.init_from=RUN/checkpoints/imitation')
+    raise ConfigError(f"{phase} has nothing to start from: {run.workdir} holds no checkpoint of an earlier phase. "
+                      f'Run imitation first, name a checkpoint with --config.init_from=RUN/checkpoints/imitation, '
+                      f"or a public one with --config.policy.checkpoint and --config.policy.unnorm_key")
   return folder
 
 
 def starting_params(run: Run, phase: str) -> Any:
   """Parameters that a phase starts from; with them come the action statistics, except for imitation."""
-  folder = starting_folder(run, phase)
-  if folder is None:
-    return run.policy.init(jax.random.fold_in(run.key, 0))
+  folder, key = starting_folder(run, phase), jax.random.fold_in(run.key, 0)
   if phase != "imitation":  # which has its own from the demonstrations
-    run.use_statistics(read_statistics(folder))
-  abstract = {"params": jax.eval_shape(run.policy.init, run.key)}
-  return checkpoint.restore(folder, abstract, partial=True)[0]["params"]
+    run.use_statistics(read_statistics(folder) if folder is not None else run.folder_statistics)
+  if folder is None:
+    return run.base.initial(run.policy, key, run.mesh)
+  return run.base.from_checkpoint(run.policy, folder, key, run.mesh)
 
 
 def read_statistics(folder: pathlib.Path) -> policies.ActionStats:
@@ -320,7 +319,7 @@ def step(
   state, metrics = update(state, sharding.put(batch, run.mesh))
   if 0 < traced < update.traces:
     log.info("an update was compiled again (%d times so far): a batch of another shape", update.traces)
-  return state, train.fetch(metrics, state.params)
+  return state, train.fetch(metrics, state.params, run.policy.trainable)
 
 
 @functools.lru_cache(maxsize=2)

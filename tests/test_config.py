@@ -52,6 +52,14 @@ def test_a_config_is_locked():
     ipi.get_config("smoke").imitation.demonstration = 3
 
 
+def test_frames_of_any_size_suit_a_checkpoint():
+  config = toy_run.get_config()
+  config.policy.checkpoint, config.sim.image_size = "openvla-7b", 20
+  with config.unlocked():
+    config.policy.options = {}
+  validate(config, tasks.names)
+
+
 @pytest.mark.parametrize("changes, words", [
   (dict(task="pul_cube"), ("pul_cube", '"pull_cube"', "stack_cube")),
   (dict(phases=("imitation", "preferences")), ("preferences", '"preference"')),
@@ -63,6 +71,10 @@ def test_a_config_is_locked():
   (dict(interaction__batch=16), ("interaction.batch = 16", "40 steps")),
   (dict(imitation__optimiser__warmup_steps=6), ("imitation.optimiser.warmup_steps = 6", "6")),
   (dict(sim__image_size=20), ("sim.image_size = 20", "patch_size = 8")),
+  (dict(policy__checkpoint="openvla-7b"), ("policy.options.patch_size", "openvla-7b", "come from the checkpoint")),
+  (dict(policy__unnorm_key="bridge_orig"), ("policy.unnorm_key", "policy.checkpoint is empty")),
+  (dict(policy__lora__rank=-1), ("policy.lora", "rank of at least 0")),
+  (dict(policy__lora__rank=4, policy__lora__alpha=0), ("policy.lora", "alpha of more than 0")),
   (dict(imitation__demonstrations=0), ("imitation.demonstrations = 0",)),
   (dict(preference__samples=1), ("preference.samples = 1", "at least 2")),
   (dict(preference__buckets=(8,)), ("preference.buckets", "12")),

@@ -328,6 +328,56 @@ def test_new_state_copies(rng):
   chex.assert_trees_all_equal(reference, parameters(1))
 
 
+HEAD = lambda path: path.startswith(("head/", "value/"))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_frozen_parameters_have_no_gradient_no_moments_and_no_copy(rng, micro_batches):
+  batch = sharding.put(small_model.batch(rng))
+  update = train.make_update(small_model.loss_fn, SGD, micro_batches=micro_batches, trainable=HEAD)
+  reference = jax.device_put(parameters())
+  start = train.new_state(reference, ADAM(), trainable=HEAD)
+  assert len([x for x in jax.tree.leaves(start.opt) if x.ndim]) == 4  # two moments of two kernels
+  state = train.new_state(reference, SGD, trainable=HEAD)
+  text = update.lower(state, batch).compile().as_text()
+  aliased = text.split("input_output_alias=")[1].split("entry_computation_layout")[0].count("may-alias")
+  assert aliased == 3, "what is trained and the step are updated in place, and nothing else comes out"
+  after, metrics = update(state, batch)
+  assert after.params["layers"]["mlp"]["up"]["kernel"] is reference["layers"]["mlp"]["up"]["kernel"]
+  assert after.params["embed"]["table"] is reference["embed"]["table"]
+  assert state.params["head"]["kernel"].is_deleted() and not reference["head"]["kernel"].is_deleted()
+  gradient, all_metrics = sgd_gradient(small_model.loss_fn, batch, micro_batches)
+  moved = jax.tree.map(np.subtract, parameters(), jax.device_get(after.params))
+  for name in ("head", "value"):
+    chex.assert_trees_all_close(moved[name], gradient[name], rtol=1e-5, atol=1e-7)
+  norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves((moved["head"], moved["value"]))))
+  told = train.fetch(metrics, after.params, HEAD)
+  assert told["loss"] == pytest.approx(all_metrics["loss"]) and told["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_two_passes_with_frozen_parameters(rng):
+  pairs = sharding.put(small_model.pairs(rng))
+  update = train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=5, trainable=HEAD)
+  state, _ = update(train.new_state(jax.device_put(parameters()), SGD, trainable=HEAD), pairs)
+  expected = two_pass(parameters(), pairs, 5)[0]
+  moved = jax.tree.map(np.subtract, parameters(), jax.device_get(state.params))
+  chex.assert_trees_all_close(moved["head"], jax.device_get(expected)["head"], rtol=1e-4, atol=1e-6)
+  assert not any(np.any(x) for x in jax.tree.leaves((moved["embed"], moved["layers"])))
+
+
+def test_a_non_finite_gradient_is_named_among_what_is_trained(rng):
+  def loss_fn(params, batch):
+    loss, metrics = small_model.loss_fn(params, batch)
+    return dataclasses.replace(loss, total=loss.total + jnp.sqrt(0.0 * jnp.sum(params["value"]["kernel"]))), metrics
+
+  state = train.new_state(jax.device_put(parameters()), SGD, trainable=HEAD)
+  state, metrics = train.make_update(loss_fn, SGD, trainable=HEAD)(state, sharding.put(small_model.batch(rng)))
+  with pytest.raises(train.NonFiniteError, match=r"gradient not finite in 1 of 2 parameters, first value/kernel"):
+    train.fetch(metrics, state.params, HEAD)
+  with pytest.raises(ValueError, match="nothing to train"):
+    train.new_state(parameters(), SGD, trainable=lambda path: False)
+
+
 def test_loop_makes_no_stray_transfer(rng):
   tx, update = adam_update()
   state = fresh(tx)

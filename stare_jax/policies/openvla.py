@@ -34,6 +34,7 @@ Params = dict[str, Any]
 
 # Sharding words of the last axes; the first pattern that matches the whole path of a parameter wins.
 PARAM_AXES = (
+  (r".*/lora/[ab]", (None,)),  # an adapter where a layer uses it; policies.lora says where it is kept
   (r".*/table", ("vocab", "embed")),
   (r".*/attn/qkv/kernel", ("embed", None, "heads")),
   (r".*/attn/qkv/bias", (None, "heads")),

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.policies import Act, Obs, openvla
+from stare_jax.policies import layers as nn
 from stare_jax.policies.sizes import Config
 
 TOP_K = 50  # transformers' GenerationConfig
@@ -35,8 +36,8 @@ TOP_K = 50  # transformers' GenerationConfig
 
 def all_logits(params: Any, hidden: jax.Array) -> jax.Array:
   """[N, W] after the final norm -> float32[N, vocabulary]."""
-  table = params["llm"]["head"]["table"].astype(hidden.dtype)
-  return jnp.einsum("nw,vw->nv", hidden, table, preferred_element_type=jnp.float32)
+  head = params["llm"]["head"]
+  return nn.rows(head, hidden, 0, len(head["table"]))
 
 
 def top(logits: jax.Array, count: int = TOP_K) -> jax.Array:

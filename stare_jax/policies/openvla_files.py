@@ -36,7 +36,7 @@ from stare_jax.policies.openvla_names import Tensor, to_params, to_public
 from stare_jax.policies.sizes import Config
 from stare_jax.policies.tensor_files import Entry, Plan
 
-__all__ = ["load", "make_policy", "read_params", "save", "to_params", "to_public"]
+__all__ = ["folder_config", "load", "make_policy", "read_params", "save", "to_params", "to_public"]
 
 VALUE_FILE = "value_head.safetensors"
 SHARD_BYTES = 5_000_000_000
@@ -82,16 +82,22 @@ def make_policy(
   if stats is None:
     _, stats = openvla_config.read_statistics(folder, unnorm_key)
   options = {"action_size": len(stats.q01), **options}
+  config = folder_config(folder, options)
+  if tokenizer is None:
+    tokenizer = openvla_config.read_tokenizer(folder, config)
+    config = folder_config(folder, {"start": tokenizer.start, **options})
+  return openvla.make(size=config, stats=stats, tokenizer=tokenizer)
+
+
+def folder_config(folder: str | os.PathLike, options: Mapping[str, Any] | None = None) -> Config:
+  """The configuration of a folder, with what only its tensors know: their dtype, and the sizes of a value head."""
+  options = dict(options or {})
   if "param_dtype" not in options:
     options["param_dtype"] = _dtype_of(folder)
   options.setdefault("compute_dtype", options["param_dtype"])
   if "value_hidden" not in options and (value := _value_entries(folder)):
     options["value_hidden"] = _value_sizes(value)
-  config = openvla_config.read_config(folder, options)
-  if tokenizer is None:
-    tokenizer = openvla_config.read_tokenizer(folder, config)
-    config = openvla_config.read_config(folder, {"start": tokenizer.start, **options})
-  return openvla.make(size=config, stats=stats, tokenizer=tokenizer)
+  return openvla_config.read_config(folder, options)
 
 
 def read_params(
@@ -118,7 +124,7 @@ def read_params(
   if "value" not in params:
     part = {path.partition("/")[2]: place for path, place in where.items() if path.startswith("value/")}
     start = jax.jit(functools.partial(openvla.init, config, part="value"), out_shardings=names.nest(part))
-    params["value"] = start(jax.random.key(0) if key is None else key)
+    params["value"] = start(sharding.replicate(jax.random.key(0) if key is None else key, mesh))
   return params
 
 

@@ -1,0 +1,157 @@
+"""Which policy a run trains, and where its parameters come from: a public folder, another run, or the seed.
+
+A frozen base is read once and shared by all phases, by the state and by whatever it is compared with. Where it comes
+from `policy.checkpoint`, a run's checkpoints hold what is trained, the optimiser and a digest of that folder, and the
+base is read from there again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stare_jax import checkpoint, policies, sharding, train
+from stare_jax.policies import lora, openvla, openvla_config, openvla_files, openvla_names, tensor_files
+
+SAMPLE = 4096  # bytes of each tensor that go into the digest of a folder
+
+
+def make_policy(config: Any, stats: policies.ActionStats) -> policies.Policy:
+  """The policy of a run's configuration; with adapters where it asks for them."""
+  c = config.policy
+  options = c.options.to_dict()  # a ConfigDict is no Mapping
+  if c.checkpoint:
+    policy = openvla_files.make_policy(c.checkpoint, stats=stats, **options)
+  else:
+    policy = policies.make(c.name, size=c.size, stats=stats, image_size=config.sim.image_size, **options)
+  return lora.wrap(policy, adapters(config, policy)) if c.lora.rank else policy
+
+
+def adapters(config: Any, policy: policies.Policy) -> lora.Lora:
+  c = config.policy.lora
+  return lora.make(policy.config, rank=c.rank, alpha=c.alpha, targets=c.targets)
+
+
+def folder_statistics(config: Any) -> policies.ActionStats | None:
+  """The action statistics of `policy.checkpoint` under `policy.unnorm_key`; None where a run takes its own."""
+  c = config.policy
+  return openvla_config.read_statistics(c.checkpoint, c.unnorm_key)[1] if c.checkpoint and c.unnorm_key else None
+
+
+def digest(folder: str) -> str:
+  """SHA-256 of a public folder's configuration and of every tensor's name, type, shape and first bytes.
+
+  Another model, or the same one trained further, has another digest; its 15 GB are not read for it.
+  """
+  found = hashlib.sha256((pathlib.Path(folder) / "config.json").read_bytes())
+  for name, entry in sorted(tensor_files.read_folder(folder).items()):
+    found.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+    with entry.file.open("rb") as file:
+      file.seek(entry.offset)
+      found.update(file.read(min(SAMPLE, entry.nbytes)))
+  return found.hexdigest()
+
+
+def check_digest(folder: Any, found: str, where: str, step: int | None = None) -> None:
+  """Refuses a run's checkpoint whose adapters were trained on another base than `where`, of digest `found`."""
+  came = checkpoint.read_meta(folder, step).get("base", "")
+  if came != found:
+    raise checkpoint.CheckpointError(
+      f"checkpoint {folder} holds {'adapters of a base' if came else 'parameters'} with digest {came or 'none'}, and "
+      f"{where} has {found or 'none'}: name the public folder that it was trained on, or another checkpoint"
+    )
+
+
+class Base:
+  """The frozen part of a run's parameters, once it is known; and what of a state a checkpoint holds."""
+
+  def __init__(self, config: Any):
+    self._config = config
+    self._frozen: Any = None
+    self.digest = digest(config.policy.checkpoint) if self.elsewhere else ""
+
+  @property
+  def elsewhere(self) -> bool:
+    """Whether the frozen part can be read again from `policy.checkpoint`, so that no checkpoint needs to hold it."""
+    return bool(self._config.policy.checkpoint and self._config.policy.lora.rank)
+
+  @property
+  def _where(self) -> str:
+    return f"policy.checkpoint {self._config.policy.checkpoint}" if self.elsewhere else "no policy.checkpoint"
+
+  def saved(self, policy: policies.Policy, state: train.TrainState) -> train.TrainState:
+    """What of a state a checkpoint holds."""
+    return train.split_state(state, policy.trainable)[0] if self.elsewhere else state
+
+  def restore(self, policy: policies.Policy, folder: Any, state: train.TrainState, config: Any) -> tuple[Any, Any]:
+    """(state, meta) of the newest checkpoint; frozen parameters stay those of `state`."""
+    own, frozen = train.split_state(state, policy.trainable)
+    check_digest(folder, self.digest, self._where)
+    own, meta = checkpoint.restore(folder, own, config=config, partial=policy.trainable is not None)
+    return train.join_state(own, frozen), meta
+
+  def sha256(self, policy: policies.Policy, params: Any) -> str:
+    """One digest of the parameters, without fetching a base that is on disk."""
+    if not self.elsewhere:
+      return checkpoint.params_sha256(params)
+    trained = checkpoint.params_sha256(train.split(params, policy.trainable)[0])
+    return hashlib.sha256(f"{trained} {self.digest}".encode()).hexdigest()
+
+  def initial(self, policy: policies.Policy, key: jax.Array, mesh: Mesh) -> Any:
+    """Parameters that no phase has trained: of `policy.checkpoint`, or drawn from the seed."""
+    c = self._config.policy
+    if not c.checkpoint:
+      return self._shared(policy, policy.init(key))
+    params = openvla_files.read_params(c.checkpoint, policy.config, mesh=mesh, key=key)
+    return self._shared(policy, self._adapted(policy, params, key) if c.lora.rank else params)
+
+  def from_checkpoint(self, policy: policies.Policy, folder: Any, key: jax.Array, mesh: Mesh) -> Any:
+    """The parameters that another phase (of this run or another) ended with; adapters start on those that had none."""
+    abstract, saved = jax.eval_shape(policy.init, key), checkpoint.read_leaves(folder)
+    axes = policy.param_axes if mesh.size > 1 else None
+
+    def read(shapes: Any, axes: Any) -> Any:
+      return checkpoint.restore(folder, {"params": _placed(shapes, axes, mesh)}, partial=True)[0]["params"]
+
+    if not policy.trainable:
+      return read(abstract, axes)
+    if not self.elsewhere and not any(path.startswith("params/lora/") for path in saved):
+      value = {path.removeprefix("params/"): x for path, x in saved.items() if path.startswith("params/value/")}
+      plain = {**abstract["base"], **openvla_names.nest(value)}
+      return self._shared(policy, self._adapted(policy, read(plain, openvla.PARAM_AXES if axes else None), key))
+    check_digest(folder, self.digest, self._where)
+    if self.elsewhere and self._frozen is None:
+      self.initial(policy, key, mesh)
+    if self._frozen is None:
+      return self._shared(policy, read(abstract, axes))
+    return train.join(read(train.split(abstract, policy.trainable)[0], axes), self._frozen)
+
+  def _adapted(self, policy: policies.Policy, params: Any, key: jax.Array) -> Any:
+    return lora.start(adapters(self._config, policy), params, jax.random.fold_in(key, 1))
+
+  def _shared(self, policy: policies.Policy, params: Any) -> Any:
+    """Remembers the frozen part; a later phase takes it from here."""
+    if policy.trainable:
+      self._frozen = train.split(params, policy.trainable)[1]
+    return params
+
+
+def _placed(abstract: Any, axes: Any, mesh: Mesh) -> Any:
+  """Shapes with the place on the mesh that each parameter is read into."""
+  places = sharding.shardings(abstract, axes, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
+
+
+def table(policy: policies.Policy, params: Any, mesh: Mesh) -> str:
+  """What start-up prints of the parameters (arrays or shapes): see sharding.table; and how many are trained."""
+  places = sharding.shardings(params, policy.param_axes, mesh)
+  text = sharding.table(params, places, mesh)
+  if policy.trainable is None:
+    return text
+  count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(train.split(params, policy.trainable)[0]))
+  return f"{text}\ntrained      {count:,}; the rest is frozen"
