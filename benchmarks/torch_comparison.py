@@ -175,7 +175,9 @@ class Jax:
 
     if not self.rank:
       return train.new_state(self.params, self.tx)
-    params = lora.start(self.lora, self.params, self.key)
+    fresh = jax.jit(functools.partial(lora.init, self.lora))(jax.random.key(1, impl="rbg"))  # which compiles sooner
+    value = jax.tree.map(lambda x: x.astype(np.float32), self.params["value"])
+    params = {"base": {k: x for k, x in self.params.items() if k != "value"}, "lora": fresh, "value": value}
     own, _ = train.split(params, lora.trainable)
     opt = jax.jit(self.tx.init)(own)
     return train.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), params=params, opt=opt)
@@ -316,7 +318,7 @@ class Comparison:
 
     if self.args.size == "small" and self.torch:
       return jax.device_put(openvla_names.to_params(self.config, self.torch.model.public_state()))
-    return jax.jit(self.policy.init)(jax.random.key(0))
+    return jax.jit(self.policy.init)(jax.random.key(0, impl="rbg"))  # which compiles sooner
 
   def agree(self) -> None:
     """The two are one network, or nothing is timed."""
