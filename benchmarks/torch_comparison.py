@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -293,6 +294,10 @@ class Comparison:
     from stare_jax import policies
 
     self.args, self.cores = args, cores
+    # A program is compiled to read its memory, and again by the update that runs it.
+    self.compiled = tempfile.TemporaryDirectory()
+    jax.config.update("jax_compilation_cache_dir", self.compiled.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     stats = policies.ActionStats(-np.ones(7), np.ones(7), np.arange(7) < 6)
     options = {**(SMALL if args.size == "small" else {}), **args.options}
     self.policy = policies.make(size="7b", stats=stats, tokenizer=lambda text: [5], **options)
