@@ -389,7 +389,8 @@ def encode(config: Config, prompt: Callable[[str], Any], images: np.ndarray, ins
     raise ValueError(f"encode: got {images.dtype}{images.shape}, expected images uint8[N, H, W, 3]")
   if len(images) != len(instructions):
     raise ValueError(f"encode: {len(images)} images but {len(instructions)} instructions; give one for each image")
-  how = dict(resize=config.resize, center_crop=config.center_crop, mean=config.siglip.mean)
+  *_, last = config.views.values()  # whose grey the public processor pads with
+  how = dict(resize=config.resize, center_crop=config.center_crop, mean=last.mean)
   images = frames.prepare(images, config.image_size, **how)
   ids, masks = zip(*map(prompt, instructions))
   return Obs(image=images, prompt=np.stack(ids), prompt_mask=np.stack(masks))
