@@ -6,6 +6,8 @@
 #   bash launch/setup.sh --no-rendering     packages only (a machine that will never simulate)
 #
 # Environment:
+#   STARE_ACCELERATOR   what the learner runs on: cpu (the default), cuda12, cuda13 (drivers from 580 on) or tpu. Installs
+#                       JAX's plugin of the pinned version. Once given it stays, until another one is given.
 #   PYTHON              the interpreter to build .venv from; otherwise python3.11, python3.12 or a fitting python3
 #   STARE_TORCH_INDEX   a package index to take torch from. Torch only runs inside the simulator workers, so the CPU build is
 #                       enough. Where pip's own index has nothing but the CUDA build for Linux (some gigabytes more to
@@ -15,6 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv
 STAMP=$VENV/stare_jax_requirements
+CHOICE=$VENV/stare_jax_accelerator
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 
 say() { echo "setup: $*"; }
@@ -51,10 +54,20 @@ make_venv() {
   "$python" -m venv --clear "$VENV"
 }
 
+# The accelerator asked for, else the one this environment was made for.
+accelerator() {
+  local wanted=${STARE_ACCELERATOR:-$(cat "$CHOICE" 2>/dev/null || echo cpu)}
+  case "$wanted" in
+    cpu | cuda12 | cuda13 | tpu) echo "$wanted" ;;
+    *) die "STARE_ACCELERATOR=$wanted is unknown; expected cpu, cuda12, cuda13 or tpu" ;;
+  esac
+}
+
 # The stamp: what is installed follows from this script, the requirements and the interpreter.
-wanted() { { cat requirements.txt launch/setup.sh; "$VENV/bin/python" --version; } | sha256sum; }
+wanted() { { cat requirements.txt launch/setup.sh; "$VENV/bin/python" --version; accelerator; } | sha256sum; }
 
 install_packages() {
+  local plugin; plugin=$(accelerator)
   if [ "$(cat "$STAMP" 2>/dev/null)" = "$(wanted)" ]; then return; fi
   rm -f "$STAMP"
   local torch; torch=$(grep -oE '^torch==[^ ]+' requirements.txt)
@@ -69,12 +82,16 @@ install_packages() {
       say "note: pip's index gave the CUDA build of torch, which brings gigabytes along; STARE_TORCH_INDEX can name a CPU index (see launch/setup.sh)"
     fi
   fi
-  "$VENV/bin/pip" install -qq --prefer-binary -r requirements.txt
+  # The extra takes its version from the pin: the plugin of a JAX version is published with it.
+  local extra=(); if [ "$plugin" != cpu ]; then extra=("jax[$plugin]"); fi
+  "$VENV/bin/pip" install -qq --prefer-binary -r requirements.txt ${extra[@]+"${extra[@]}"}
   "$VENV/bin/pip" check >/dev/null || { "$VENV/bin/pip" check >&2 || true; die "the installed packages do not fit together; remove $VENV and run this again"; }
+  echo "$plugin" >"$CHOICE"
   wanted >"$STAMP"
 }
 
 main() {
+  accelerator >/dev/null  # a wrong one is answered before anything is made
   if ! supported "$VENV/bin/python" || ! [ -x "$VENV/bin/pip" ]; then
     local python; python=$(find_python)
     make_venv "$python"

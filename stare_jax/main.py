@@ -3,8 +3,14 @@
   python -m stare_jax.main --config=configs/ipi.py[:preset[,task=...][,seed=...]] [--workdir=DIR] [--config.field=value]
 
 Running the same command again continues where the run stands. Ctrl-C or SIGTERM writes a checkpoint first.
+
+A run of several processes (docs/launching.md) starts this in each of them, with the same --config and --workdir and
+
+  --distributed=auto                                            TPU pods, Slurm, Open MPI: JAX finds the others
+  --distributed=HOST:PORT --num_processes=N --process_id=I      anywhere else; HOST is where process 0 runs
+
 Status 0: finished or stopped; 2: a mistake in the input, a full disk or a refused update, with one message that says
-what to do.
+what to do; 3: another process of the run is gone.
 """
 
 from __future__ import annotations
@@ -29,6 +35,10 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/ipi.py.", lock_config=True)
 log = logging.getLogger("stare_jax")
 WORKDIR = flags.DEFINE_string("workdir", "", "The run folder; by default runs/<task>-<preset>-seed<seed>.")
+DISTRIBUTED = flags.DEFINE_string("distributed", "off", "Several processes as one run: off, auto, or HOST:PORT.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; with --distributed=HOST:PORT.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds of silence until a process counts as lost.", lower_bound=5)
 
 
 def main(argv: list[str]) -> None:
@@ -46,6 +56,9 @@ def main(argv: list[str]) -> None:
     signal.signal(number, lambda got, frame: stopping.append(got))
   command = shlex.join(["python", "-m", "stare_jax.main", *sys.argv[1:]])
 
+  if mistake := wrong_processes(DISTRIBUTED.value, NUM_PROCESSES.value, PROCESS_ID.value):
+    fail(mistake)
+
   from stare_jax import pipeline_check  # light: a typo is answered before anything heavy is loaded
 
   try:
@@ -53,20 +66,67 @@ def main(argv: list[str]) -> None:
   except (ValueError, OSError) as error:
     fail(describe(error))
 
-  from stare_jax import pipeline
+  if DISTRIBUTED.value != "off":
+    join()
+
+  from stare_jax import pipeline, processes
 
   log.info("run folder: %s", workdir)
   try:
     pipeline.run(config, workdir, command=command, stop=lambda: bool(stopping))
   except pipeline.Stop:
-    log.info("stopped on %s; the same command continues from the last checkpoint", signal.Signals(stopping[0]).name)
+    why = signal.Signals(stopping[0]).name if stopping else "a signal to another process"
+    log.info("stopped on %s; the same command continues from the last checkpoint", why)
+    processes.leave()
     return
   except pipeline.USER_ERRORS as error:
+    name = "error.log" if processes.first() else f"error-{processes.index()}.log"
     with contextlib.suppress(OSError):  # for whoever must find out where it came from
-      pathlib.Path(workdir, "error.log").write_text(traceback.format_exc())
+      pathlib.Path(workdir, name).write_text(traceback.format_exc())
+    processes.leave(2, describe(error))
     fail(describe(error))
+  except BaseException as error:
+    processes.leave(1, describe(error), traceback.format_exc())
+    raise
+  processes.leave()
+  if not processes.first():
+    return
   print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
         f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
+
+
+def wrong_processes(address: str, count: int | None, index: int | None) -> str:
+  """What is wrong with the flags of a run of several processes; empty if nothing is."""
+  given = f"--distributed={address} --num_processes={count} --process_id={index}"
+  host, _, port = address.rpartition(":")
+  if address in ("off", "auto"):
+    if (count, index) == (None, None):
+      return ""
+    return (f"{given}: --num_processes and --process_id go with --distributed=HOST:PORT, where HOST is the machine of "
+            f"process 0")
+  if not host or not port.isdigit():
+    return f"--distributed={address}: expected off, auto, or HOST:PORT of process 0, such as --distributed=node1:8476"
+  if count is None or index is None or index >= count:
+    return f"{given}: expected both, such as --num_processes=4 and one of --process_id=0 to --process_id=3"
+  return ""
+
+
+def join() -> None:
+  """Makes this process one of several, and lets its log say which."""
+  from stare_jax import processes
+
+  try:
+    processes.initialize(
+      DISTRIBUTED.value, NUM_PROCESSES.value, PROCESS_ID.value, heartbeat=HEARTBEAT.value
+    )  # fmt: skip
+  except (RuntimeError, ValueError, OSError) as error:
+    print(f"the processes did not come together ({error}). --distributed={DISTRIBUTED.value}: start all of them within "
+          f"five minutes, with the same address and --num_processes; docs/launching.md has a script for each machine",
+          file=sys.stderr, flush=True)  # fmt: skip
+    os._exit(2)  # an orderly end would wait for the others
+  here = f"[process {processes.index()} of {processes.count()}] %(message)s"
+  logging.basicConfig(format=here, stream=sys.stderr, level=logging.WARNING, force=True)
+  log.setLevel(logging.INFO if processes.first() else logging.WARNING)  # the same lines from each would only repeat
 
 
 def describe(error: BaseException) -> str:

@@ -22,7 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax import batching, checkpoint, dataset, evaluate, losses, policies, report, sims, stages, train
+from stare_jax import (
+  batching,
+  checkpoint,
+  dataset,
+  evaluate,
+  losses,
+  pipeline_together,
+  policies,
+  processes,
+  report,
+  sims,
+  stages,
+  train,
+)
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.losses import ops
@@ -47,7 +60,7 @@ __all__ = ["USER_ERRORS", "Stop", "run"]
 log = logging.getLogger("stare_jax")
 # What a user's input, disk or simulator can cause: the message is the answer, a traceback would only hide it.
 USER_ERRORS = (ConfigError, checkpoint.CheckpointError, dataset.DatasetError, sims.SimulatorError, train.NonFiniteError,
-               ValueError, OSError)  # fmt: skip
+               processes.ProcessError, ValueError, OSError)  # fmt: skip
 
 
 def demonstrations(run: Run) -> list[Episode]:
@@ -89,7 +102,7 @@ def imitation(run: Run) -> Any:
   state = train.new_state(init(), tx, **trained)
 
   def advance(state, i):
-    rows = minibatch(len(images), c.batch, i, run.config.seed)
+    rows = run.mine(minibatch(len(images), c.batch, i, run.config.seed))
     return step(run, update, state, {"obs": run.obs(images[rows]), "tokens": tokens[rows]})
 
   state = advance_until(run, "imitation", state, advance, total=c.updates, every=c.checkpoint_every,
@@ -124,7 +137,8 @@ def preference(run: Run) -> Any:
   staged = [stages.after(item, step) if step else item for item, step in parted]
   rng = np.random.default_rng([run.config.seed, *b"pairs"])
   pairs = batching.pair(staged, margin=c.margin, both_failed=c.both_failed, cap=c.pairs_per_start, rng=rng)
-  report.write_json(run.workdir / "data" / "preference" / "pairs.json", batching.pair_statistics(staged, pairs))
+  if processes.first():
+    report.write_json(run.workdir / "data" / "preference" / "pairs.json", batching.pair_statistics(staged, pairs))
   if not pairs:
     raise ConfigError(f"no two of the {len(staged)} rollouts differ in any stage, so there is nothing to prefer: raise "
                       f"preference.starts ({c.starts}), preference.samples ({c.samples}) or preference.temperature")
@@ -145,7 +159,8 @@ def preference(run: Run) -> Any:
     flat = run.obs(b.images.reshape(-1, *b.images.shape[2:]))
     obs = jax.tree.map(lambda x: x.reshape(*b.images.shape[:2], *x.shape[1:]), flat)
     data = {"stage_id": b.stage_id, "cost": b.cost, "sign": b.sign, "overall": b.overall}
-    return step(run, update, state, train.PreferenceBatch(obs, b.tokens, b.stage_id >= 0, b.ref_log_prob, data))
+    batch = train.PreferenceBatch(obs, b.tokens, b.stage_id >= 0, b.ref_log_prob, data)
+    return step(run, update, state, jax.tree.map(run.mine, batch))
 
   state = advance_until(run, "preference", state, advance, total=c.updates, every=c.checkpoint_every,
                         unit="update", show=("loss", "accuracy"))  # fmt: skip
@@ -162,30 +177,33 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
     "params": run.base.sha256(run.policy, params), "task": run.task.name, "sim": dict(run.config.sim),
     "offset": run.config.interaction.offset, "videos": run.config.report.videos,
   }  # fmt: skip
-  path = run.workdir / "evaluations" / f"{label}.json"
-  if path.exists():
-    found = json.loads(path.read_text())
-    if found.get("digest") == checkpoint.config_digest(fields):
-      return found
-  began = time.monotonic()
-  with report.Progress(f"{label} evaluation", c.episodes, unit="episode") as bar:
+  digest = checkpoint.config_digest(fields)
+  if found := pipeline_together.evaluated(run.workdir / "evaluations" / f"{label}.json", digest):
+    return found
+  began, starts = time.monotonic(), [Start(c.seed + i) for i in range(c.episodes)]
+  here = len(pipeline_together.share(starts))
+  with report.Progress(f"{label} evaluation", here, unit="episode", quiet=not processes.first()) as bar:
     collector = run.collector(run.actor(params, "evaluation", c.temperature), progress=bar, stop_on_success=False)
-    episodes = collector.episodes([Start(c.seed + i) for i in range(c.episodes)])
+    episodes, images = pipeline_together.episodes(collector, starts)
   staged = stages.annotate(run.task, episodes, offset=run.config.interaction.offset)
   names = [stage.name for stage in run.task.stages]
-  report.clear_samples(run.workdir, label)
   result = evaluate.summarise(
     staged, label=label, stage_names=names, temperature=c.temperature, seconds=time.monotonic() - began
   )
   half = run.config.report.videos // 2
-  for index, i in enumerate(evaluate.pick_samples(staged, successes=run.config.report.videos - half, failures=half)):
+  picked = evaluate.pick_samples(staged, successes=run.config.report.videos - half, failures=half)
+  frames = images(picked)
+  result["digest"] = digest
+  if not processes.first():
+    return result
+  report.clear_samples(run.workdir, label)
+  for index, i in enumerate(picked):
     item = staged[i]
     report.write_sample(
-      run.workdir, label=label, index=index, frames=item.episode.images, fps=10.0, task=run.task.name,
+      run.workdir, label=label, index=index, frames=frames[i], fps=10.0, task=run.task.name,
       seed=item.episode.seed, success=bool(item.episode.success[1:].any()), stages=names, stage_id=item.stage_id,
       completed_at=item.completed_at, potential=item.potential, instruction=run.task.instruction,
     )  # fmt: skip
-  result["digest"] = checkpoint.config_digest(fields)
   report.write_evaluation(run.workdir, result)
   return result
 
@@ -215,10 +233,11 @@ def run(
       log.info("%s: success %.1f %% [%.1f, %.1f] over %d episodes", phase, 100 * success["rate"],
                    100 * success["low"], 100 * success["high"], success["n"])  # fmt: skip
       summary = summarise(this, params, command, time.monotonic() - began)
-      report.write_summary(this.workdir, summary)
-      report.build_report(this.workdir)
+      if processes.first():
+        report.write_summary(this.workdir, summary)
+        report.build_report(this.workdir)
   except Stop:
-    if any((this.workdir / "evaluations").glob("*.json")):  # the curves go on after the last one
+    if processes.first() and any((this.workdir / "evaluations").glob("*.json")):  # the curves go on after the last one
       report.build_report(this.workdir)
     raise
   finally:
@@ -244,7 +263,8 @@ def open_folder(run: Run) -> None:
   summary = run.workdir / "summary.json"
   if summary.exists():
     run.earlier_events = json.loads(summary.read_text()).get("simulator_events", [])
-  report.write_json(run.workdir / "config.json", json.loads(run.config.to_json_best_effort()))
+  if processes.first():
+    report.write_json(run.workdir / "config.json", json.loads(run.config.to_json_best_effort()))
 
 
 def summarise(run: Run, params: Any, command: str, seconds: float) -> dict:
@@ -258,7 +278,8 @@ def summarise(run: Run, params: Any, command: str, seconds: float) -> dict:
     "config": json.loads(run.config.to_json_best_effort()),
     "versions": versions | {"python": platform.python_version()},
     "wall_seconds": run.seconds | {"this launch": seconds}, "env_steps": run.env_steps, "command": command,
-    "hardware": {"platform": jax.default_backend(), "devices": jax.device_count(), "cores": os.cpu_count(),
+    "hardware": {"platform": jax.default_backend(), "devices": jax.device_count(), "processes": processes.count(),
+                 "cores": os.cpu_count(),
                  "machine": platform.machine(), "device_kind": jax.devices()[0].device_kind},
     "simulator_events": list(run.events),
   }  # fmt: skip

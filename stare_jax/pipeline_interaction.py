@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stare_jax import policies, stages, train, train_critic
+from stare_jax import pipeline_together, policies, stages, train, train_critic
 from stare_jax.episode import SIGNAL_SIZE, StagedEpisode, unpack_signals
 from stare_jax.losses import ops, ppo
 from stare_jax.pipeline_run import Run, advance_until, optimizer, starting_params, step
@@ -25,7 +25,7 @@ def interaction(run: Run) -> Any:
   """
   c, n = with_success_reward(run.config.interaction, len(run.task.stages)), run.config.sim.num_envs
   params = starting_params(run, "interaction")
-  reference = reference_log_prob(run.policy, params, c) if c.hp.kl_weight else None
+  reference = reference_log_prob(run, params, c) if c.hp.kl_weight else None
   tx = optimizer(c, c.iterations)
   loss_fn = ppo_loss(run.policy, c)
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
@@ -38,7 +38,8 @@ def interaction(run: Run) -> Any:
     began = time.monotonic()
     collector = run.collector(run.actor(state.params, "interaction", c.temperature))
     start_of = lambda env, j: Start(first + (i * n + env) * c.steps + j)
-    rows = [stages.annotate(run.task, row, offset=c.offset) for row in collector.rows(start_of, c.steps)]
+    rows = pipeline_together.rows(collector, start_of, c.steps)
+    rows = [stages.annotate(run.task, row, offset=c.offset) for row in rows]
     collected = time.monotonic()
     if c.critic == "state":
       features = [[state_features(item) for item in row] for row in rows]
@@ -66,15 +67,16 @@ def interaction(run: Run) -> Any:
   return state.params
 
 
-def reference_log_prob(policy: policies.Policy, params: Any, c: Any) -> Callable[[Any, np.ndarray], np.ndarray]:
+def reference_log_prob(run: Run, params: Any, c: Any) -> Callable[[Any, np.ndarray], np.ndarray]:
   """(obs, tokens int32[N, A]) -> float32[N, A] under the policy that the phase started from, a batch at a time.
 
   A frozen base is the same arrays as the trained policy's: of adapters there are two copies, of the base there is one.
   """
 
-  @jax.jit
   def log_prob(params, obs, tokens):
-    return ops.token_log_prob(policy.apply(params, obs, tokens).logits, tokens, c.temperature)
+    return ops.token_log_prob(run.policy.apply(params, obs, tokens).logits, tokens, c.temperature)
+
+  log_prob = pipeline_together.compiled(run, log_prob)
 
   def every(obs: Any, tokens: np.ndarray) -> np.ndarray:
     parts = [slice(at, at + c.batch) for at in range(0, len(tokens), c.batch)]
@@ -197,7 +199,7 @@ def learn(run: Run, update: train.Update, state: Any, data: dict[str, Any], i: i
   for epoch in range(c.epochs):
     order = np.random.default_rng([run.config.seed, i, epoch]).permutation(total)
     here = []
-    for rows in order.reshape(-1, c.batch):
+    for rows in map(run.mine, order.reshape(-1, c.batch)):
       state, metrics = step(run, update, state, jax.tree.map(lambda x: x[rows], data))  # noqa: B023 - called at once
       here.append(metrics)
     logged += here

@@ -14,7 +14,19 @@ import jax
 import numpy as np
 import optax
 
-from stare_jax import batching, checkpoint, dataset, policies, report, sharding, sims, tasks, train
+from stare_jax import (
+  batching,
+  checkpoint,
+  dataset,
+  pipeline_together,
+  policies,
+  processes,
+  report,
+  sharding,
+  sims,
+  tasks,
+  train,
+)
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.pipeline_policy import Base, folder_statistics, make_policy, table
@@ -41,6 +53,7 @@ class Run:
     self.mesh = sharding.make_mesh(dict(config.mesh))
     self.key = jax.random.key(config.seed)
     self._check_shards()
+    pipeline_together.check(config, self.workdir)
     unit = np.ones(7, np.float32)  # a mistake in the policy's options is answered before any work is done
     make_policy(config, policies.ActionStats(-unit, unit, unit > 0))
     self.folder_statistics = folder_statistics(config)
@@ -59,15 +72,16 @@ class Run:
     if self._sim is None:
       c = self.config.sim
       self._sim = sims.make(
-        c.name, task=self.task, num_envs=c.num_envs, num_workers=c.num_workers, image_size=c.image_size,
-        timeout=c.timeout,
+        c.name, task=self.task, image_size=c.image_size, timeout=c.timeout,
+        **pipeline_together.share_of_simulators(c),
       )  # fmt: skip
     return self._sim
 
   @property
   def events(self) -> list[str]:
-    """What happened to the simulator's workers, launches before this one included; the pool logs it as it happens."""
-    return self.earlier_events + list(self._sim.events if self._sim is not None else ())
+    """What happened to the simulators' workers, launches before this one included; the pool logs it as it happens."""
+    here = list(self._sim.events if self._sim is not None else ())
+    return self.earlier_events + pipeline_together.events(here)
 
   def close(self) -> None:
     if self._sim is not None:
@@ -76,7 +90,12 @@ class Run:
       self.logger.close()
 
   def check(self) -> None:
-    """Called in every loop; leaves it when the process was asked to end."""
+    """Called before every update; leaves the loop when this process, or any other, was asked to end."""
+    if processes.any_of(self.stop()):
+      raise Stop
+
+  def check_here(self) -> None:
+    """Called in what a process does in its own time: the others learn of it where they meet next."""
     if self.stop():
       raise Stop
 
@@ -131,12 +150,17 @@ class Run:
     successes: list[bool] = []
     c = self.config.sim
     return Collector(
-      self.sim, self.task, actor, horizon=c.horizon, groups=c.groups, check=self.check, progress=show, **options
+      self.sim, self.task, actor, horizon=c.horizon, groups=c.groups, check=self.check_here, progress=show, **options
     )  # fmt: skip
 
   def actor(self, params: Any, purpose: str, temperature: float) -> PolicyActor:
     key = jax.random.fold_in(self.key, int.from_bytes(purpose.encode()[:4], "little"))
+    params = sharding.local_copy(params, self.param_axes)
     return PolicyActor(self.act, self.policy, params, key, temperature, self.task.instruction)
+
+  def mine(self, x: np.ndarray) -> np.ndarray:
+    """The rows of a batch that this process puts on its devices: all of them, where it is the only one."""
+    return x if processes.count() == 1 or not np.ndim(x) else x[sharding.local_rows(len(x), self.mesh)]
 
 
 # --- the shared loop --------------------------------------------------------------------------------------------
@@ -176,6 +200,7 @@ def advance_until(
   folder, fields, origin = checkpoint_dir(run, phase), run.identity(phase), predecessor(run, phase)
   state, meta = restore(run, phase, state, origin)
   start, env_steps, spent = meta.get("iteration", 0), meta.get("env_steps", 0), meta.get("seconds", 0.0)
+  processes.same(start, f"the {unit}s that {phase} has behind it", pipeline_together.SHARED)
   if start > total:
     raise ConfigError(f"{phase} in {run.workdir} has {start} {unit}s behind it, more than the {total} asked for: ask "
                       f"for {start} or more, or choose another --workdir")
@@ -185,7 +210,7 @@ def advance_until(
     return state
   if start:
     log.info("%s: resuming after %d of %d %ss", phase, start, total, unit)
-  run.logger = report.MetricsLogger(run.workdir, resume=(phase, start))
+  run.logger = pipeline_together.logger(run.workdir, resume=(phase, start))
   began = time.monotonic()
 
   def save(i: int) -> None:
@@ -196,10 +221,12 @@ def advance_until(
       phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats, starts_from=origin,
       base=run.base.digest,
     )  # fmt: skip
-    checkpoint.save(folder, i, run.base.saved(run.policy, state), meta, config=fields, keep=run.config.checkpoint.keep)
+    kept = run.base.saved(run.policy, state)
+    written = checkpoint.save(folder, i, kept, meta, config=fields, keep=run.config.checkpoint.keep)
+    processes.appear(written / checkpoint.META)
 
   saved = start
-  with report.Progress(phase, total, initial=start, unit=unit) as bar:
+  with report.Progress(phase, total, initial=start, unit=unit, quiet=not processes.first()) as bar:
     for i in range(start, total):
       try:
         run.check()
@@ -235,7 +262,9 @@ def gather(
   chunks = [starts[i : i + CHUNK] for i in range(0, len(starts), CHUNK)]
   digest = checkpoint.config_digest(fields)
   seconds = 0.0
-  with report.Progress(f"{name} rollouts", len(starts), unit="episode") as bar:
+  make_collector = lambda bar: run.collector(make_actor(), progress=bar, **options)
+  pipeline_together.collect(folder, chunks, make_collector, fields)
+  with report.Progress(f"{name} rollouts", len(starts), unit="episode", quiet=not processes.first()) as bar:
     collector = None
     for i, chunk in enumerate(chunks):
       path = folder / f"{i:05d}.episodes"
@@ -250,7 +279,7 @@ def gather(
         bar.update(len(found))
       else:
         began = time.monotonic()
-        collector = collector or run.collector(make_actor(), progress=bar, **options)
+        collector = collector or make_collector(bar)
         found = collector.episodes(chunk)
         meta = {"digest": digest, "fields": checkpoint.flatten_config(fields), "seconds": time.monotonic() - began}
         dataset.write(path, found, meta)

@@ -11,6 +11,7 @@ that names it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,13 @@ def local_batch_shards(mesh: Mesh) -> int:
   return len(set(mine))
 
 
+def local_rows(count: int, mesh: Mesh) -> np.ndarray:
+  """int64[n]: which of the batch's `count` rows this process passes to `put`, ascending."""
+  (at,) = zip(*batch_sharding(mesh).addressable_devices_indices_map((count,)).values(), strict=True)
+  mine = sorted({s.indices(count)[:2] for s in at})
+  return np.concatenate([np.arange(a, b) for a, b in mine])
+
+
 def check_batch(batch: Any, mesh: Mesh | None) -> None:
   """Host only: every array's rows divide over this process's pieces of the batch."""
   pieces = 1 if mesh is None else local_batch_shards(mesh)
@@ -190,6 +198,36 @@ def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
   if mesh is None:
     return jax.device_put(jax.tree.map(_own, tree))
   return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+  return x  # a name of its own, so that it is compiled once for every shape
+
+
+def local_copy(tree: Any, param_axes: ParamAxes | None) -> Any:
+  """The parameters on this process's own devices, for programs that it runs in its own time (`act`).
+
+  With one process, and where every device of the mesh holds all of it, nothing is moved or copied. Parameters that are
+  cut over processes are put together leaf by leaf and cut again over the devices of each; all processes have to call.
+  """
+  if jax.process_count() == 1:
+    return tree
+  mesh = make_mesh({"fsdp": -1}, jax.local_devices())
+
+  def copy(path: Any, x: jax.Array) -> jax.Array:
+    where = replicated(mesh)
+    if x.is_fully_addressable:  # never left this process
+      return jax.device_put(x, where)
+    if not x.is_fully_replicated:
+      x = jax.jit(_whole, out_shardings=replicated(x.sharding.mesh))(x)
+      with contextlib.suppress(ValueError):  # what these devices cannot cut evenly is whole on each of them
+        where = NamedSharding(mesh, param_spec(path_name(path), x.shape, param_axes or (), mesh))
+    data = {s.device: s.data for s in x.addressable_shards}
+    cut = lambda device, at: data[device] if where.is_fully_replicated else data[device][at]
+    pieces = [cut(device, at) for device, at in where.devices_indices_map(x.shape).items()]
+    return jax.make_array_from_single_device_arrays(x.shape, where, pieces)
+
+  return jax.tree_util.tree_map_with_path(copy, tree)
 
 
 def table(params: Any, places: Any, mesh: Mesh, *, rows: int = 12) -> str:

@@ -18,11 +18,11 @@ PACKAGE = "stare_jax"
 # without the package's name. What a room is split into may import each other: `losses/ppo.py` and `losses/ops.py`,
 # or `report.py` and `report_html.py`.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-  "main": ("config", "pipeline"),
+  "main": ("config", "pipeline", "processes"),
   "convert": ("checkpoint", "policies", "pipeline"),
   "pipeline": (
     "losses", "policies", "tasks", "sims", "rollout", "stages", "batching", "dataset", "train", "sharding",
-    "checkpoint", "evaluate", "report", "config", "episode",
+    "checkpoint", "evaluate", "report", "config", "episode", "processes",
   ),
   "evaluate": ("rollout", "episode"),
   "rollout": ("episode",),
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "policies": ("episode", "checkpoint", "sharding"),
   "tasks": ("episode",),
   "sims": ("episode",),
+  "processes": (),
   "sharding": (),
   "checkpoint": (),
   "report": (),

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The main job on one machine with one or more GPUs, in one process.
+#
+#   bash launch/one_gpu.sh                                   # configs/ipi.py
+#   CONFIG=configs/ipi.py:openvla_7b bash launch/one_gpu.sh --config.interaction.hp.clip=0.1
+#
+# Running it again continues the run. More arguments go to stare_jax.main.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# --- fill in ---
+: "${CONFIG:=configs/ipi.py}"
+: "${WORKDIR:=}"                    # the run folder; empty: runs/<task>-<preset>-seed<seed>
+: "${STARE_ACCELERATOR:=cuda13}"    # cuda12 for drivers before 580 (`nvidia-smi` names the driver)
+: "${CUDA_VISIBLE_DEVICES:=0}"      # 0,1,... for more GPUs: config.mesh spreads over all that are visible
+# ---------------
+
+export STARE_ACCELERATOR CUDA_VISIBLE_DEVICES
+bash launch/setup.sh
+
+exec .venv/bin/python -m stare_jax.main --config="$CONFIG" ${WORKDIR:+--workdir="$WORKDIR"} "$@"

@@ -1,0 +1,167 @@
+"""The scripts of launch/: what they would start is what the front door understands."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+def understood(arguments: list[str]) -> dict:
+  """The front door's flags after parsing, in a process of their own as absl's flags are global."""
+  code = ("import json, sys\nfrom absl import flags\nfrom stare_jax import main\nmain.parse_flags(sys.argv)\n"
+          "print(json.dumps([main.DISTRIBUTED.value, main.NUM_PROCESSES.value, main.PROCESS_ID.value,\n"
+          "main.WORKDIR.value, main.CONFIG.value.preset, main.CONFIG.value.seed,\n"
+          "main.wrong_processes(main.DISTRIBUTED.value, main.NUM_PROCESSES.value, main.PROCESS_ID.value)]))")
+  done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  names = ("distributed", "num_processes", "process_id", "workdir", "preset", "seed", "wrong")
+  return dict(zip(names, yaml.safe_load(done.stdout), strict=True))
+
+
+def command_of(words: list[str]) -> list[str]:
+  """The arguments behind `python -m stare_jax.main`."""
+  at = words.index("stare_jax.main")
+  assert words[at - 2 : at] == [".venv/bin/python", "-m"]
+  return words[at + 1 :]
+
+
+def fake(folder: pathlib.Path, name: str, script: str) -> None:
+  path = folder / name
+  path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+  path.chmod(0o755)
+
+
+def checkout(folder: pathlib.Path) -> pathlib.Path:
+  """launch/ in a folder whose Python only writes down what it is asked to run, and whose set-up is done."""
+  shutil.copytree(LAUNCH, folder / "launch")
+  (folder / "launch" / "setup.sh").write_text('echo "setup $STARE_ACCELERATOR $*" >>"$CALLS"\n')
+  (folder / ".venv" / "bin").mkdir(parents=True)
+  fake(folder / ".venv" / "bin", "python", 'printf "%q " .venv/bin/python "$@" >>"$CALLS"; echo >>"$CALLS"')
+  return folder
+
+
+def run(script: pathlib.Path, cwd: pathlib.Path, *arguments: str, **variables: str) -> list[list[str]]:
+  """The commands that were called, as words."""
+  calls = cwd / "calls"
+  env = {"PATH": f"{cwd / 'bin'}:/usr/bin:/bin", "HOME": str(cwd), "CALLS": str(calls), **variables}
+  done = subprocess.run(["bash", str(script), *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return [shlex.split(line) for line in calls.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(script):
+  done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  text = script.read_text()
+  assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script):
+  done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+
+
+def test_one_gpu(tmp_path):
+  here = checkout(tmp_path)
+  setup, main = run(here / "launch" / "one_gpu.sh", here, "--config.seed=5", CONFIG="configs/ipi.py:smoke")
+  assert setup == ["setup", "cuda13"]
+  found = understood(["main", *command_of(main)])
+  assert (found["distributed"], found["preset"], found["seed"], found["workdir"]) == ("off", "smoke", 5, "")
+
+
+def test_slurm_starts_one_process_per_node_with_its_number(tmp_path):
+  """A stand-in for srun starts the tasks one after another, with the variables that Slurm gives each."""
+  here = checkout(tmp_path)
+  (here / "bin").mkdir()
+  fake(here / "bin", "scontrol", '[ "$1 $2 $3" = "show hostnames gpu[07-09]" ] && printf "gpu07\\ngpu08\\ngpu09\\n"')
+  fake(here / "bin", "srun", """
+tasks=$SLURM_NTASKS
+while [[ $1 == -* ]]; do case $1 in --ntasks=*) tasks=${1#*=} ;; esac; shift; done
+for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i "$@" || exit; done""")
+  calls = run(
+    here / "launch" / "slurm.sbatch", here, "--config.seed=5", "--config.sim.num_envs=36", SLURM_SUBMIT_DIR=str(here),
+    SLURM_JOB_NODELIST="gpu[07-09]", SLURM_NTASKS="3", WORKDIR="runs/with a space",
+  )  # fmt: skip
+  assert calls[:4] == [["setup", "cuda13", "--no-rendering"], *[["setup", "cuda13"]] * 3]
+  found = [understood(["main", *command_of(call)]) for call in calls[4:]]
+  assert [f["process_id"] for f in found] == [0, 1, 2]
+  for f in found:
+    assert (f["distributed"], f["num_processes"], f["wrong"]) == ("gpu07:8476", 3, "")
+    assert (f["workdir"], f["seed"]) == ("runs/with a space", 5)
+
+
+def test_tpu_workers_get_one_command(tmp_path):
+  """A stand-in for gcloud runs what it would send to a worker; there, sudo and git only write down their calls."""
+  here = checkout(tmp_path)
+  (here / "bin").mkdir()
+  worker = here / "stare_jax"
+  checkout(worker)
+  (worker / ".git").mkdir()
+  fake(here / "bin", "gcloud", """
+for word in "$@"; do case $word in --command=*) command=${word#--command=} ;; --worker=all) all=1 ;; esac; done
+[ "${all:-}" = 1 ] && exec bash -c "$command" """)
+  for name in ("sudo", "git"):
+    fake(here / "bin", name, f'printf "%q " {name} "$@" >>"$CALLS"; echo >>"$CALLS"')
+  fake(here / "bin", "mountpoint", "exit 1")
+  calls = run(
+    here / "launch" / "tpu_pod.sh", here, "--config.seed=5", TPU="pod", ZONE="zone", NFS="10.0.0.2:/share",
+    REPOSITORY="host:repository", COMMIT="abc", RUN="a run",
+  )  # fmt: skip
+  assert ["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/stare_jax"] in calls
+  assert ["git", "checkout", "--quiet", "--detach", "abc"] in calls
+  assert ["setup", "tpu", "--no-rendering"] in calls
+  found = understood(["main", *command_of(calls[-1])])
+  assert (found["distributed"], found["wrong"], found["seed"]) == ("auto", "", 5)
+  assert found["workdir"] == "/mnt/stare_jax/a run"
+
+
+def test_jobset_pods_form_one_run():
+  (jobset,) = yaml.safe_load_all((LAUNCH / "kubernetes_jobset.yaml").read_text())
+  assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+  (replicated,) = jobset["spec"]["replicatedJobs"]
+  job = replicated["template"]["spec"]
+  pod = job["template"]["spec"]
+  (container,) = pod["containers"]
+  env = {entry["name"]: entry["value"] for entry in container["env"]}
+  assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] == int(env["NUM_PROCESSES"])
+  assert replicated["replicas"] == 1 and job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+  # The name of pod 0 follows from the names here; the service behind it is made where enableDNSHostnames says so.
+  network = jobset["spec"]["network"]
+  host, port = env["COORDINATOR"].split(":")
+  assert network["enableDNSHostnames"]
+  assert host == f"{jobset['metadata']['name']}-{replicated['name']}-0-0.{network['subdomain']}"
+  assert int(port) in [p["containerPort"] for p in container["ports"]]
+  mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+  assert set(mounts) == {volume["name"] for volume in pod["volumes"]} and env["WORKDIR"].startswith(mounts["runs"])
+
+  bash, option, text = container["command"]
+  assert (bash, option) == ("bash", "-c")
+  assert set(re.findall(r"\$(\w+)", text)) == {*env, "JOB_COMPLETION_INDEX"}
+  show = f'set -- {text.removeprefix("exec ")}; printf "%s\\n" "$@"'
+  done = subprocess.run([bash, option, show], env=env | {"JOB_COMPLETION_INDEX": "1"}, capture_output=True, text=True)
+  found = understood(["main", *command_of(done.stdout.splitlines())])
+  assert (found["distributed"], found["num_processes"], found["process_id"]) == (env["COORDINATOR"], 2, 1)
+  assert found["wrong"] == "" and found["workdir"] == env["WORKDIR"]
+
+
+def test_an_unknown_accelerator_is_answered_before_anything_is_made(tmp_path):
+  shutil.copytree(LAUNCH, tmp_path / "launch")
+  (tmp_path / "requirements.txt").write_text("")
+  env = {"PATH": "/usr/bin:/bin", "STARE_ACCELERATOR": "tpus"}
+  done = subprocess.run(["bash", "launch/setup.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
+  assert done.returncode == 1 and "expected cpu, cuda12, cuda13 or tpu" in done.stderr
+  assert not (tmp_path / ".venv").exists()
