@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,6 +126,48 @@ def like_params(tree: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any
     return next((rules[end, tuple(x.shape)] for end in ends if (end, tuple(x.shape)) in rules), replicated(mesh))
 
   return jax.tree_util.tree_map_with_path(follow, tree)
+
+
+@contextlib.contextmanager
+def activations(mesh: Mesh | None) -> Iterator[None]:
+  """While a function is traced in here, `constrain` and `constrain_params` mean this mesh; outside they do nothing."""
+  with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    yield
+
+
+def constrain(x: jax.Array, *words: str | None) -> jax.Array:
+  """Says in words where the axes of an activation lie, such as ("batch", None, "heads") of [N, Q, W].
+
+  Left to itself the compiler may cut an activation as the weights are and copy rows to every device. An axis that does
+  not divide stays whole; without a mesh (`activations`) this is x.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  if len(words) != x.ndim:
+    raise ValueError(f"constrain: {len(words)} words {words} for an array of shape {x.shape}")
+
+  def axis(size: int, word: str | None) -> Any:
+    rule = None if word is None else RULES[word]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return None if size % math.prod(mesh.shape[name] for name in names) else rule
+
+  return jax.lax.with_sharding_constraint(x, P(*map(axis, x.shape, words)))
+
+
+def constrain_params(params: Any, param_axes: ParamAxes, prefix: str = "") -> Any:
+  """Pins a part of the parameters, such as one layer inside a scan, and so its gradient, to the pieces of its rule.
+
+  prefix: the path of this part. Without a mesh this is `params`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return params
+
+  def pin(path: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, param_spec(prefix + path_name(path), tuple(x.shape), param_axes, mesh))
+
+  return jax.tree_util.tree_map_with_path(pin, params)
 
 
 def local_batch_shards(mesh: Mesh) -> int:

@@ -94,7 +94,8 @@ class Update:
   def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
     def counted(state: TrainState, frozen: Any, batch: Any) -> Any:
       self.traces += 1  # runs while tracing only
-      return function(state, frozen, batch)
+      with sharding.activations(self._mesh):
+        return function(state, frozen, batch)
 
     return counted
 

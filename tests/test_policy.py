@@ -282,7 +282,7 @@ def test_gradients_reach_every_parameter_and_no_constant_dimension():
 def test_remat_and_unrolling_change_no_gradient():
   obs, tokens = some_obs(nano()[0]), some_tokens()
   gradients = []
-  for options in ({}, {"remat": True}, {"unroll": True, "remat": True}):
+  for options in ({}, {"remat": "block"}, {"unroll": True, "remat": "attention"}, {"remat": "products"}):
     policy, params, *_ = nano(**options)
     loss = lambda p, policy=policy: jnp.sum(jax.nn.log_softmax(policy.apply(p, obs, tokens).logits)[..., 3])
     gradients.append(jit(jax.grad(loss))(params))

@@ -16,9 +16,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from stare_jax import sharding
 
 Params = dict[str, Any]
-NEGATIVE = -1e30  # additive mask; finite, so that a fully masked row stays finite
+NEGATIVE = -1e30  # the score of what may not be seen; finite, so that a fully masked row stays finite
+REMAT: dict[str, Callable[[Callable], Callable]] = {  # what a block keeps from its forward pass for its backward pass
+  "none": lambda block: block,  # everything
+  "block": functools.partial(jax.checkpoint, prevent_cse=False),  # its input; the rest is computed again
+  "attention": functools.partial(  # and queries, keys, values and what attention makes of them
+    jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("qkv", "attention")
+  ),
+  "products": functools.partial(  # and all matrix products with weights
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mlp"),
+  ),
+}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "groups"])
@@ -103,30 +118,31 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attention(
-  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], bias: jax.Array | None
+  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array | None
 ) -> jax.Array:
-  """softmax(q k^T / sqrt(E) + bias) v -> [N, Q, H*E].
+  """softmax(q k^T / sqrt(E) where seen) v -> [N, Q, H*E].
 
     q: [N, H, Q, E].
     parts: keys and values [N, H, S_i, E]; attended to as if concatenated, without copying a cache to do so.
-    bias: float32[N, 1, Q, sum of S_i], additive.
+    seen: bool[N, 1, Q, sum of S_i], which keys a query may look at; None is all.
 
   Divides by the softmax's denominator last, where the array is smallest: a quarter of the time on CPU.
   """
   n, heads, count, size = q.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   score = jnp.concatenate([product("nhqe,nhse->nhqs", q, k) for k, _ in parts], axis=-1) * size**-0.5
-  score = score if bias is None else score + bias
+  score = score if seen is None else jnp.where(seen, score, NEGATIVE)
   weight = jnp.exp(score - jax.lax.stop_gradient(score.max(axis=-1, keepdims=True)))
   edges = list(itertools.accumulate(k.shape[2] for k, _ in parts))[:-1]
   weights = jnp.split(weight.astype(q.dtype), edges, axis=-1)
   out = sum(product("nhqs,nhse->nhqe", w, v) for w, (_, v) in zip(weights, parts))
   out = (out / weight.sum(axis=-1, keepdims=True)).astype(q.dtype)
-  return out.transpose(0, 2, 1, 3).reshape(n, count, heads * size)
+  return checkpoint_name(out.transpose(0, 2, 1, 3).reshape(n, count, heads * size), "attention")
 
 
 def split_heads(qkv: jax.Array, head_size: int) -> jax.Array:
   """[N, Q, 3, W] -> [3, N, H, Q, E]."""
+  qkv = sharding.constrain(checkpoint_name(qkv, "qkv"), "batch", None, None, "heads")
   n, count, _, width = qkv.shape
   return qkv.reshape(n, count, 3, width // head_size, head_size).transpose(2, 0, 3, 1, 4)
 
@@ -136,7 +152,8 @@ def vit_block(params: Params, x: jax.Array, *, head_size: int, eps: float = 1e-6
   q, k, v = split_heads(dense(params["attn"]["qkv"], layer_norm(params["norm1"], x, eps)), head_size)
   y = dense(params["attn"]["out"], attention(q, [(k, v)], None))
   x = x + (y * params["scale1"].astype(y.dtype) if "scale1" in params else y)
-  y = dense(params["mlp"]["down"], gelu(dense(params["mlp"]["up"], layer_norm(params["norm2"], x, eps))))
+  up = checkpoint_name(dense(params["mlp"]["up"], layer_norm(params["norm2"], x, eps)), "mlp")
+  y = dense(params["mlp"]["down"], gelu(sharding.constrain(up, "batch", None, "mlp")))
   return x + (y * params["scale2"].astype(y.dtype) if "scale2" in params else y)
 
 
@@ -145,7 +162,7 @@ def llama_block(
   x: jax.Array,
   *,
   rope: tuple[jax.Array, jax.Array],
-  bias: jax.Array,
+  seen: jax.Array,
   head_size: int,
   eps: float,
   past: Sequence[tuple[jax.Array, jax.Array]] = (),
@@ -154,7 +171,7 @@ def llama_block(
   """One decoder layer on [N, Q, W].
 
     rope: rotations of the Q positions.
-    bias: float32[N, 1, Q, S + Q], 0 where a position may be seen and `NEGATIVE` where not.
+    seen: bool[N, 1, Q, S + Q], which positions may be looked at.
     past: keys and values [N, H, S_i, E] that precede x, already rotated.
     queries: compute only the last so many positions; all Q still serve as keys.
   Returns: [N, queries, W] and the keys and values [N, H, Q, E] of x.
@@ -162,24 +179,31 @@ def llama_block(
   q, k, v = split_heads(dense(params["attn"]["qkv"], rms_norm(params["norm1"], x, eps)), head_size)
   k = rotate(k, rope)
   if queries is not None:
-    x, q, bias, *rope = x[:, -queries:], *(a[:, :, -queries:] for a in (q, bias, *rope))
-  x = x + dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], bias))
-  gate_up = dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps))
+    x, q, seen, *rope = x[:, -queries:], *(a[:, :, -queries:] for a in (q, seen, *rope))
+  x = x + dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen))
+  gate_up = checkpoint_name(dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps)), "mlp")
+  gate_up = sharding.constrain(gate_up, "batch", None, None, "mlp")
   x = x + dense(params["mlp"]["down"], jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
   return x, (k, v)
 
 
 def stack(
-  body: Callable, x: jax.Array, inputs: Any, *, unroll: bool, remat: bool, last: Callable | None = None
+  body: Callable, x: jax.Array, inputs: Any, *, unroll: bool, remat: str, last: Callable | None = None
 ) -> tuple[jax.Array, Any]:
-  """x through all layers: body(x, layer inputs) -> (x, layer output); outputs stacked. Scanned, or unrolled.
+  """x [N, Q, W] through all layers: body(x, layer inputs) -> (x, layer output); outputs stacked. Scanned, or unrolled.
+
+    remat: a key of `REMAT`.
 
   A scan compiles one layer whatever the depth. Copies run faster on CPU at small depth, and can end in the cheaper
   `last` layer.
   """
-  wrap = jax.checkpoint if remat else lambda f: f
+  rows = lambda x: sharding.constrain(x, "batch", None, None)
+
+  def wrap(body: Callable) -> Callable:
+    return REMAT[remat](lambda x, layer: (lambda x, output: (rows(x), output))(*body(rows(x), layer)))
+
   if not unroll:
-    return jax.lax.scan(wrap(body), x, inputs)
+    return jax.lax.scan(wrap(body), rows(x), inputs)
   depth, outputs = len(jax.tree.leaves(inputs)[0]), []
   for i in range(depth):
     layer = wrap(last if last and i == depth - 1 else body)

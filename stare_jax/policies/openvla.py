@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stare_jax import sharding
 from stare_jax.policies import Act, ActionStats, Obs, Output, Policy
 from stare_jax.policies import images as frames
 from stare_jax.policies import layers as nn
@@ -138,6 +139,11 @@ def init(config: Config, key: jax.Array, part: str = "") -> Params:
   return jax.tree.unflatten(tree, [draw(s, k) for s, k in zip(table, jax.random.split(key, len(table)))])
 
 
+def one_layer(params: Params) -> Params:
+  """A layer out of its stack: on a mesh its weights stay in pieces until they are used, and so does their gradient."""
+  return sharding.constrain_params(params, PARAM_AXES, "layers/")
+
+
 def patchify(image: jax.Array, size: int) -> jax.Array:
   """[N, H, W, 3] -> [N, P, size * size * 3], patches row-major, pixels (row, column, channel) inside."""
   n, h, w, c = image.shape
@@ -154,7 +160,7 @@ def encode_vision(params: Params, image: jax.Array, vision: Vision, config: Conf
   if vision.prefix_tokens:
     prefix = jnp.broadcast_to(params["prefix"].astype(dtype), (len(x), vision.prefix_tokens, vision.width))
     x = jnp.concatenate([prefix, x], axis=1)
-  block = lambda x, layer: (nn.vit_block(layer, x, head_size=vision.head_size), None)
+  block = lambda x, layer: (nn.vit_block(one_layer(layer), x, head_size=vision.head_size), None)
   x, _ = nn.stack(block, x, params["layers"], unroll=config.unroll, remat=config.remat)
   return x[:, vision.prefix_tokens :]
 
@@ -204,13 +210,13 @@ def decoder(params: Params, x: jax.Array, mask: jax.Array, config: Config, *, ta
   """
   rope = nn.rotation(jnp.cumsum(mask, axis=1) - 1, config.llm_head_size, config.rope_theta)
   causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
-  bias = jnp.where(causal & mask[:, None, None, :], 0.0, nn.NEGATIVE)
+  seen = causal & mask[:, None, None, :]
   block = functools.partial(
-    nn.llama_block, rope=rope, bias=bias, head_size=config.llm_head_size, eps=config.rms_eps
+    nn.llama_block, rope=rope, seen=seen, head_size=config.llm_head_size, eps=config.rms_eps
   )
 
   def body(x, layer, queries=None):
-    x, kv = block(layer, x, queries=queries)
+    x, kv = block(one_layer(layer), x, queries=queries)
     return x, kv if cache else None
 
   last = functools.partial(body, queries=tail)
@@ -250,15 +256,15 @@ def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, pas
   rope = nn.rotation(mask.sum(axis=1, keepdims=True) + dim, config.llm_head_size, config.rope_theta)
   written = jnp.broadcast_to(jnp.arange(suffix[0].shape[3]) < dim, (len(x), suffix[0].shape[3]))
   seen = jnp.concatenate([mask, written, jnp.ones((len(x), 1), bool)], axis=1)
-  bias = jnp.where(seen, 0.0, nn.NEGATIVE)[:, None, None, :]
+  seen = seen[:, None, None, :]
 
   def body(x, inputs):
     layer, *past = inputs
     return nn.llama_block(
-      layer, x, rope=rope, bias=bias, head_size=config.llm_head_size, eps=config.rms_eps, past=past
+      one_layer(layer), x, rope=rope, seen=seen, head_size=config.llm_head_size, eps=config.rms_eps, past=past
     )
 
-  x, new = nn.stack(body, x, (params["llm"]["layers"], prefix, suffix), unroll=config.unroll, remat=False)
+  x, new = nn.stack(body, x, (params["llm"]["layers"], prefix, suffix), unroll=config.unroll, remat="none")
   at = (0, 0, 0, dim, 0)
   suffix = jax.tree.map(lambda old, add: jax.lax.dynamic_update_slice(old, add, at), suffix, new)
   return final_norm(params, x[:, 0], config), suffix

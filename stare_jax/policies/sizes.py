@@ -52,7 +52,8 @@ class Config:
     value_hidden: hidden widths of the value head.
     embedding_std, position_std: initial scales.
     compute_dtype, param_dtype: of matrix products and of parameters.
-    remat: recompute each block's activations in the backward pass.
+    remat: what a block keeps for its backward pass, the rest being computed again: "none" keeps everything, "block" its
+      input alone; "attention" and "products" lie between (`layers.REMAT`).
     unroll: layers of `apply` as copies instead of a scan: a faster gradient on CPU, slower to compile.
     resize, center_crop: how frames get to image_size, see `images`; bicubic is what the public processor does.
     faithful: decode as the public codes do, early ends and all; see `openvla_faithful`.
@@ -85,7 +86,7 @@ class Config:
   position_std: float = 0.02
   compute_dtype: str = "float32"
   param_dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
   unroll: bool = False
   resize: str = "bicubic"
   center_crop: bool = False
@@ -152,7 +153,7 @@ SEVEN_B = Config(
   value_hidden=(512, 128),
   compute_dtype="bfloat16",
   param_dtype="bfloat16",
-  remat=True,
+  remat="block",
 )
 
 _WORDS = tok.WordTokenizer().size
