@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stare_jax import (
@@ -27,8 +26,8 @@ from stare_jax import (
   checkpoint,
   dataset,
   evaluate,
-  losses,
   pipeline_together,
+  pipeline_updates,
   policies,
   processes,
   report,
@@ -38,7 +37,6 @@ from stare_jax import (
 )
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
-from stare_jax.losses import ops
 from stare_jax.pipeline_check import check
 from stare_jax.pipeline_interaction import interaction
 from stare_jax.pipeline_run import (
@@ -47,7 +45,6 @@ from stare_jax.pipeline_run import (
   checkpoint_dir,
   gather,
   minibatch,
-  optimizer,
   read_statistics,
   starting_folder,
   starting_params,
@@ -87,17 +84,8 @@ def imitation(run: Run) -> Any:
   run.use_statistics(run.folder_statistics or policies.ActionStats.from_actions(actions))
   images = np.concatenate([episode.images for episode in episodes])
   tokens = run.policy.tokenize(actions)
-  free = np.array(run.policy.free)
-  kernel = losses.get(c.loss)
-
-  def loss_fn(params, batch):
-    logits = run.policy.apply(params, batch["obs"], batch["tokens"]).logits
-    _, metrics = kernel(logits, batch["tokens"], jnp.broadcast_to(free, batch["tokens"].shape), **c.hp)
-    return metrics["loss"], metrics
-
-  tx = optimizer(c, c.updates)
+  tx, update = pipeline_updates.imitation(run.policy, c, run.mesh, run.param_axes)
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
-  update = train.make_update(loss_fn, tx, micro_batches=c.micro_batches, **trained)
   init = functools.partial(starting_params, run, "imitation")
   state = train.new_state(init(), tx, **trained)
 
@@ -108,15 +96,6 @@ def imitation(run: Run) -> Any:
   state = advance_until(run, "imitation", state, advance, total=c.updates, every=c.checkpoint_every,
                         unit="update", show=("loss", "accuracy"))  # fmt: skip
   return state.params
-
-
-# How each preference kernel is called: (log_ratio, batch, preference.hp) -> (loss, metrics).
-PREFERENCE_LOSSES: dict[str, Callable[[jax.Array, train.PreferenceBatch, Any], tuple]] = {
-  "tpo": lambda log_ratio, batch, hp: losses.get("tpo")(log_ratio, batch.valid, batch.pairs["overall"], beta=hp.beta),
-  "stage_tpo": lambda log_ratio, batch, hp: losses.get("stage_tpo")(
-    log_ratio, batch.pairs["stage_id"], batch.pairs["cost"], batch.pairs["sign"], **hp
-  ),
-}
 
 
 def preference(run: Run) -> Any:
@@ -143,14 +122,8 @@ def preference(run: Run) -> Any:
     raise ConfigError(f"no two of the {len(staged)} rollouts differ in any stage, so there is nothing to prefer: raise "
                       f"preference.starts ({c.starts}), preference.samples ({c.samples}) or preference.temperature")
   reference = [item.episode.log_prob for item in staged]
-
-  def log_prob(params, obs, tokens):
-    return ops.token_log_prob(run.policy.apply(params, obs, tokens).logits, tokens, c.temperature)
-
-  kernel = functools.partial(PREFERENCE_LOSSES[c.loss], hp=c.hp)
-  tx = optimizer(c, c.updates)
+  tx, update = pipeline_updates.preference(run.policy, c, run.mesh, run.param_axes)
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
-  update = train.make_preference_update(log_prob, kernel, tx, micro_batch=c.micro_batch, **trained)
   state = train.new_state(params, tx, **trained)
 
   def advance(state, i):

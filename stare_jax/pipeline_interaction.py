@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from stare_jax import pipeline_together, policies, stages, train, train_critic
+from stare_jax import pipeline_together, pipeline_updates, policies, stages, train, train_critic
 from stare_jax.episode import SIGNAL_SIZE, StagedEpisode, unpack_signals
 from stare_jax.losses import ops, ppo
-from stare_jax.pipeline_run import Run, advance_until, optimizer, starting_params, step
+from stare_jax.pipeline_run import Run, advance_until, starting_params, step
 from stare_jax.rollout import Start
 
 
@@ -26,10 +26,8 @@ def interaction(run: Run) -> Any:
   c, n = with_success_reward(run.config.interaction, len(run.task.stages)), run.config.sim.num_envs
   params = starting_params(run, "interaction")
   reference = reference_log_prob(run, params, c) if c.hp.kl_weight else None
-  tx = optimizer(c, c.iterations)
-  loss_fn = ppo_loss(run.policy, c)
+  tx, update = pipeline_updates.interaction(run.policy, c, run.mesh, run.param_axes)
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
-  update = train.make_update(loss_fn, tx, micro_batches=c.micro_batches, **trained)
   critic = train_critic.init(jax.random.fold_in(run.key, 1), num_features(run)) if c.critic == "state" else None
   state = train.new_state(params, tx, critic=critic, **trained)
   first = run.seeds("interaction", 1)[0]
@@ -84,24 +82,6 @@ def reference_log_prob(run: Run, params: Any, c: Any) -> Callable[[Any, np.ndarr
     return np.concatenate([one(p) for p in parts])
 
   return every
-
-
-def ppo_loss(policy: policies.Policy, c: Any) -> Callable:
-  """The PPO objective on the policy's forward pass; a critic of the state is fitted elsewhere, and shown here."""
-  hp = {name: value for name, value in c.hp.items() if name not in ("discount", "lam")}
-
-  def loss_fn(params, batch):
-    out = policy.apply(params, batch["obs"], batch["tokens"])
-    value = out.value if c.critic == "policy" else batch["value"]
-    log_prob = ops.token_log_prob(out.logits, batch["tokens"], c.temperature)
-    entropy = ops.entropy(out.logits, c.temperature).sum(-1)
-    _, metrics = ppo.objective(
-      log_prob, batch["log_prob"], batch["advantage"], value, batch["value"], batch["returns"], entropy,
-      batch["valid"], batch.get("ref_log_prob"), **hp,
-    )  # fmt: skip
-    return metrics["loss"], metrics
-
-  return loss_fn
 
 
 # A critic of the simulator's state (train_critic): what it sees, and the values that it gives.

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from stare_jax import (
   batching,
@@ -339,10 +338,6 @@ def read_statistics(folder: pathlib.Path) -> policies.ActionStats:
                                      f"a folder such as runs/x/checkpoints/imitation")
   kinds = {"q01": np.float32, "q99": np.float32, "mask": bool}
   return policies.ActionStats(**{name: np.array(meta["action_stats"][name], kind) for name, kind in kinds.items()})
-
-
-def optimizer(c: Any, total: int) -> optax.GradientTransformation:
-  return train.make_optimizer(total_steps=total, **c.optimiser)
 
 
 def step(

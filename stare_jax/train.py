@@ -261,10 +261,12 @@ def mean_values(batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class _Steps(NamedTuple):
-  """The steps of a padded batch, by device: the wanted ones first, so that the others are never evaluated.
+  """The steps of a padded batch, the wanted ones first, so that the others are never evaluated.
 
-  Axes: S pieces of the batch (one per device), n = 2B * T / S steps each.
-    rows: tree of [S, n, ...].   order: int32[S, n], wanted steps first.   count: int32[S], how many are wanted.
+    rows: tree of [2B * T, ...].   order: int32[2B * T].   count: int32[], how many are wanted.
+
+  A micro-batch takes the next wanted steps wherever they lie, and so its images travel between devices: a few
+  milliseconds, against devices that would wait until the one with the longest episodes is done.
   """
 
   rows: Any
@@ -272,61 +274,53 @@ class _Steps(NamedTuple):
   count: jax.Array
 
 
-def _lanes(x: jax.Array, shards: int) -> jax.Array:
-  """[2B, T, ...] -> [S, 2B * T / S, ...]."""
-  return x.reshape(shards, x.shape[0] * x.shape[1] // shards, *x.shape[2:])
-
-
-def _steps(rows: Any, wanted: jax.Array, shards: int) -> _Steps:
-  wanted = _lanes(wanted, shards)
-  order = jnp.argsort(~wanted, axis=1, stable=True).astype(jnp.int32)
-  return _Steps(jax.tree.map(lambda x: _lanes(x, shards), rows), order, jnp.sum(wanted, axis=1, dtype=jnp.int32))
+def _steps(rows: Any, wanted: jax.Array) -> _Steps:
+  """rows: tree of [2B, T, ...]. wanted: bool[2B, T]."""
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  order = jnp.argsort(~flat(wanted), stable=True).astype(jnp.int32)
+  return _Steps(jax.tree.map(flat, rows), order, jnp.sum(wanted, dtype=jnp.int32))
 
 
 def _micro_batch(steps: _Steps, number: jax.Array, size: int, mesh: Mesh | None) -> tuple[Any, jax.Array, jax.Array]:
-  """Rows [S * size, ...] of one micro-batch, their index int32[S, size] and whether they are wanted bool[S, size].
+  """Rows [size, ...] of one micro-batch, their index int32[size] and whether they are wanted bool[size].
 
   Places behind the last wanted step repeat the first one: what lies in the padding is never looked at.
   """
   at = number * size + jnp.arange(size)
-  real = at[None, :] < steps.count[:, None]
-  index = jnp.where(real, steps.order[:, jnp.minimum(at, steps.order.shape[1] - 1)], steps.order[:, :1])
+  real = at < steps.count
+  index = jnp.where(real, steps.order[jnp.minimum(at, len(steps.order) - 1)], steps.order[0])
 
   def take(x: jax.Array) -> jax.Array:
-    x = jax.vmap(lambda lane, i: lane[i])(x, index)
-    x = x.reshape(-1, *x.shape[2:])
+    x = x[index]
     return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
 
   return jax.tree.map(take, steps.rows), index, real
 
 
 def _trips(steps: _Steps, size: int) -> jax.Array:
-  return (jnp.max(steps.count) + size - 1) // size
+  return (steps.count + size - 1) // size
 
 
 def _forward(log_prob_fn: Any, params: Any, batch: Any, valid: jax.Array, size: int, mesh: Mesh | None) -> jax.Array:
   """Pass 1, without gradient: float32[2B, T], log-prob of each valid step's action, 0 in the padding."""
-  shards = sharding.batch_shards(mesh)
-  steps = _steps(batch, valid, shards)
+  steps = _steps(batch, valid)
 
   def body(number: jax.Array, out: jax.Array) -> jax.Array:
     (obs, tokens), index, real = _micro_batch(steps, number, size, mesh)
-    log_prob = jnp.sum(log_prob_fn(params, obs, tokens), axis=-1, dtype=jnp.float32).reshape(index.shape)
-    put = lambda lane, i, x: lane.at[i].set(x, mode="drop")
-    return jax.vmap(put)(out, jnp.where(real, index, out.shape[1]), log_prob)
+    log_prob = jnp.sum(log_prob_fn(params, obs, tokens), axis=-1, dtype=jnp.float32)
+    return out.at[jnp.where(real, index, out.size)].set(log_prob, mode="drop")
 
-  out = jax.lax.fori_loop(0, _trips(steps, size), body, jnp.zeros(steps.order.shape, jnp.float32))
+  out = jax.lax.fori_loop(0, _trips(steps, size), body, jnp.zeros(valid.size, jnp.float32))
   return out.reshape(valid.shape)
 
 
 def _backward(log_prob_fn: Any, params: Any, batch: Any, cotangent: jax.Array, size: int, mesh: Mesh | None) -> Any:
   """Pass 2: sum_t c_t grad log pi(a_t|o_t), float32, over the steps with c_t != 0."""
-  shards = sharding.batch_shards(mesh)
-  steps = _steps((*batch, cotangent), cotangent != 0, shards)
+  steps = _steps((*batch, cotangent), cotangent != 0)
 
   def body(number: jax.Array, total: Any) -> Any:
     (obs, tokens, c), _, real = _micro_batch(steps, number, size, mesh)
-    c = jnp.where(real.reshape(-1), c, 0.0)
+    c = jnp.where(real, c, 0.0)
     run = lambda params: jnp.sum(log_prob_fn(params, obs, tokens), axis=-1, dtype=jnp.float32)
     (grads,) = jax.vjp(run, params)[1](c)
     return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
@@ -335,15 +329,14 @@ def _backward(log_prob_fn: Any, params: Any, batch: Any, cotangent: jax.Array, s
   return jax.lax.fori_loop(0, _trips(steps, size), body, zeros)
 
 
-def _check_micro_batch(micro_batch: int, mesh: Mesh | None) -> int:
-  """Rows of a micro-batch on each device."""
+def _check_micro_batch(micro_batch: int, mesh: Mesh | None) -> None:
+  """Every device gets the same share of a micro-batch."""
   shards = sharding.batch_shards(mesh)
   if micro_batch < 1 or micro_batch % shards:
     raise ValueError(
       f"micro_batch is {micro_batch} steps, which do not divide over {shards} devices (data x fsdp); "
       f"make it a positive multiple of {shards}"
     )
-  return micro_batch // shards
 
 
 def make_log_prob(
@@ -353,8 +346,13 @@ def make_log_prob(
 
   Reference log-probs, once per dataset: summed over the action's tokens, 0 where not valid.
   """
-  size = _check_micro_batch(micro_batch, mesh)
-  return jax.jit(lambda params, obs, tokens, valid: _forward(log_prob_fn, params, (obs, tokens), valid, size, mesh))
+  _check_micro_batch(micro_batch, mesh)
+
+  def log_prob(params: Any, obs: Any, tokens: Any, valid: jax.Array) -> jax.Array:
+    with sharding.activations(mesh):
+      return _forward(log_prob_fn, params, (obs, tokens), valid, micro_batch, mesh)
+
+  return jax.jit(log_prob)
 
 
 def preference_gradient(
@@ -371,9 +369,9 @@ def preference_gradient(
   log_prob_fn: (params, obs [N, ...], tokens int32[N, A]) -> float32[N, A].
   kernel: (log_ratio float32[2B, T], batch) -> (Mean, {name: Mean}); a kernel of losses/ does.
   """
-  size = _check_micro_batch(micro_batch, mesh)
+  _check_micro_batch(micro_batch, mesh)
   data, valid = (batch.obs, batch.tokens), batch.valid
-  log_prob = _forward(log_prob_fn, params, data, valid, size, mesh)
+  log_prob = _forward(log_prob_fn, params, data, valid, micro_batch, mesh)
   log_ratio = jnp.where(valid, log_prob - batch.ref_log_prob, 0.0)
 
   def loss(log_ratio: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
@@ -383,7 +381,7 @@ def preference_gradient(
 
   cotangent, (value, metrics) = jax.grad(loss, has_aux=True)(log_ratio)
   cotangent = jnp.where(valid, cotangent, 0.0)
-  return _backward(log_prob_fn, params, data, cotangent, size, mesh), value, metrics
+  return _backward(log_prob_fn, params, data, cotangent, micro_batch, mesh), value, metrics
 
 
 def make_preference_update(
