@@ -3,6 +3,8 @@
   python -m stare_jax.main --config=configs/ipi.py                              # about half an hour on two cores
   python -m stare_jax.main --config=configs/ipi.py:smoke                        # the same path in minutes
   python -m stare_jax.main --config=configs/ipi.py:default,task=push_cube,seed=3 --config.interaction.hp.clip=0.1
+  python -m stare_jax.main --config=configs/ipi.py:openvla_7b_lora --config.policy.checkpoint=FOLDER   # one 80 GB GPU
+  python -m stare_jax.main --config=configs/ipi.py:openvla_7b --config.policy.checkpoint=FOLDER        # a TPU pod
 """
 
 import ml_collections
@@ -20,6 +22,33 @@ PRESETS = {
     "interaction.batch": 80, "interaction.checkpoint_every": 1,
     "sim.num_envs": 8, "evaluation.episodes": 8, "report.videos": 2,
   },
+}  # fmt: skip
+
+# OpenVLA-7B, from a public checkpoint: add --config.policy.checkpoint=FOLDER. Rates, clipping and rollouts are those of
+# the public full fine-tuning and LoRA recipes; docs/scaling.md says what each needs and where the batches come from.
+SEVEN_B = {
+  "policy.size": "7b", "policy.options": {"remat": "block"}, "sim.image_size": 224, "sim.horizon": 80,
+  "sim.num_envs": 64, "sim.num_workers": 8, "imitation.optimiser.schedule": "constant",
+  "imitation.optimiser.warmup_steps": 0, "imitation.optimiser.betas": (0.9, 0.999), "imitation.hp.smoothing_sigma": 0.0,
+  "imitation.checkpoint_every": 500, "preference.buckets": (80,), "preference.optimiser.schedule": "constant",
+  "preference.optimiser.warmup_steps": 0, "preference.hp.beta": 0.1, "interaction.critic": "policy",
+  "interaction.steps": 80, "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95,
+  "interaction.hp.value_clip": 0.2, "interaction.optimiser.clip_norm": 10.0, "evaluation.temperature": 0.6,
+}  # fmt: skip
+PRESETS["openvla_7b"] = SEVEN_B | {  # everything is trained, on a pod of 16 chips or more
+  "mesh.fsdp": 16, "policy.options": {"remat": "block", "param_dtype": "float32"},
+  "imitation.demonstrations": 16384, "imitation.batch": 1024, "imitation.updates": 2000,
+  "imitation.optimiser.learning_rate": 2e-5, "imitation.optimiser.weight_decay": 0.0,
+  "preference.starts": 512, "preference.batch": 256, "preference.micro_batch": 1024, "preference.updates": 40,
+  "preference.optimiser.learning_rate": 2e-6, "sim.num_envs": 256, "interaction.batch": 1024,
+  "interaction.optimiser.learning_rate": 5e-6, "interaction.optimiser.value_lr_scale": 100.0,
+}  # fmt: skip
+PRESETS["openvla_7b_lora"] = SEVEN_B | {  # adapters on frozen bfloat16 weights, on one GPU of 80 GB
+  "policy.lora.rank": 32, "imitation.demonstrations": 1024, "imitation.batch": 32, "imitation.updates": 2000,
+  "imitation.optimiser.learning_rate": 5e-4, "preference.starts": 64, "preference.batch": 16,
+  "preference.micro_batch": 32, "preference.updates": 200, "preference.optimiser.learning_rate": 2e-5,
+  "interaction.batch": 160, "interaction.micro_batches": 5, "interaction.optimiser.learning_rate": 1e-4,
+  "interaction.optimiser.value_lr_scale": 30.0,
 }  # fmt: skip
 
 STARTS_FROM = dict(
@@ -87,6 +116,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)  # 1: as it acts in training; 0: argmax
   c.checkpoint = dict(keep=2)
   c.report = dict(videos=4)
-  c.update_from_flattened_dict(PRESETS[preset])
+  changes = dict(PRESETS[preset])
+  if "policy.options" in changes:  # those of `tiny` mean nothing to another size
+    c.policy.options = changes.pop("policy.options")
+  c.update_from_flattened_dict(changes)
   c.lock()
   return c

@@ -111,10 +111,14 @@ class Update:
     own, metrics = (self._compiled or self._build(own))(own, frozen, batch)
     return join_state(own, frozen), metrics
 
+  def trace(self, state: TrainState, batch: Any) -> Any:
+    """As `jax.jit(...).trace`: for reading the program."""
+    own, frozen = split_state(state, self._trainable)
+    return (self._compiled or self._build(own)).trace(own, frozen, batch)
+
   def lower(self, state: TrainState, batch: Any) -> Any:
     """As `jax.jit(...).lower`: for reading the compiled program and its memory."""
-    own, frozen = split_state(state, self._trainable)
-    return (self._compiled or self._build(own)).lower(own, frozen, batch)
+    return self.trace(state, batch).lower()
 
 
 # The update -------------------------------------------------------------------------------------------------

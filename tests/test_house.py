@@ -24,6 +24,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "losses", "policies", "tasks", "sims", "rollout", "stages", "batching", "dataset", "train", "sharding",
     "checkpoint", "evaluate", "report", "config", "episode", "processes",
   ),
+  "compile": ("pipeline", "policies", "roofline", "sharding", "train"),
+  "roofline": ("sharding",),
   "evaluate": ("rollout", "episode"),
   "rollout": ("episode",),
   "stages": ("episode",),

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from stare_jax import losses, pipeline, tasks
+from stare_jax import losses, pipeline_updates, tasks
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
 from stare_jax.pipeline_run import minibatch
@@ -147,7 +147,7 @@ def test_rollout_metrics_equal_a_loop(rng):
 
 
 def test_every_preference_loss_has_its_adapter():
-  assert set(pipeline.PREFERENCE_LOSSES) == set(losses.names("preference"))
+  assert set(pipeline_updates.PREFERENCE_LOSSES) == set(losses.names("preference"))
 
 
 def test_trajectory_preferences_and_the_policys_own_critic(tmp_path, toy_environment, uninterrupted):

@@ -1,0 +1,275 @@
+"""Lowers and compiles the programs of a configuration for chips that are not here, and reads what came out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from stare_jax import pipeline_updates, policies, roofline, roofline_hlo, sharding, train
+
+PROGRAMS = ("imitation", "preference", "interaction", "act")
+PARTS = {"imitation": "SFT", "preference": "StA-TPO", "interaction": "StA-PPO", "act": "act"}
+
+
+def topology(name: str) -> tuple[roofline.Chip, list[jax.Device]]:
+  """The chip and the devices of "v5e:16x16"; one device per chip."""
+  from jax.experimental import topologies
+
+  version, separator, shape = name.partition(":")
+  if version not in roofline.CHIPS or not separator or not re.fullmatch(r"\d+(x\d+)+", shape):
+    known = [chip for chip in roofline.CHIPS if chip.startswith("v")]
+    raise ValueError(f"topology {name!r}: expected a version of {known} and its shape, such as v5e:16x16 or v4:2x2x4")
+  options = {"chip_config_name": "megacore"} if version == "v4" else {}  # both cores of a chip as one device
+  try:
+    found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
+  except Exception as error:  # what a missing or unfit compiler raises is not one type
+    raise ValueError(f"topology {name!r}: the TPU compiler did not give it ({str(error).splitlines()[0]}). Is it "
+                     f"installed (make tpu-compiler), and does this version come in that shape?") from error
+  return roofline.CHIPS[version], list(found.devices)
+
+
+def make_policy(config: Any) -> policies.Policy:
+  """The policy of a configuration, without its checkpoint: tokenizer and statistics change no shape."""
+  unit, options = np.ones(7, np.float32), config.policy.options.to_dict()
+  stats = policies.ActionStats(-unit, unit, unit > 0)
+  tokenizer = {} if config.policy.size == "tiny" else {"tokenizer": lambda text: [1]}
+  return policies.make(config.policy.name, size=config.policy.size, stats=stats, image_size=config.sim.image_size,
+                       **options, **tokenizer)  # fmt: skip
+
+
+# Arguments without values -----------------------------------------------------------------------------------
+
+
+def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+
+def _obs(policy: policies.Policy, mesh: Mesh, *lead: int) -> policies.Obs:
+  size, length = policy.config.image_size, policy.config.prompt_length
+  return policies.Obs(
+    image=_rows(mesh, *lead, size, size, 3, dtype=jnp.uint8),
+    prompt=_rows(mesh, *lead, length, dtype=jnp.int32),
+    prompt_mask=_rows(mesh, *lead, length, dtype=bool),
+  )
+
+
+def batch(policy: policies.Policy, config: Any, program: str, mesh: Mesh, stages: int = 3) -> Any:
+  """Shapes, dtypes and places of a phase's batch, as the pipeline puts it on the mesh."""
+  actions = policy.config.action_size
+  if program == "imitation":
+    n = config.imitation.batch
+    return {"obs": _obs(policy, mesh, n), "tokens": _rows(mesh, n, actions, dtype=jnp.int32)}
+  if program == "interaction":
+    n = config.interaction.batch
+    names = ("advantage", "returns", "value")
+    flat = {name: _rows(mesh, n) for name in names} | {"valid": _rows(mesh, n, dtype=bool)}
+    flat |= {"log_prob": _rows(mesh, n, actions), "tokens": _rows(mesh, n, actions, dtype=jnp.int32)}
+    if config.interaction.hp.kl_weight:
+      flat["ref_log_prob"] = _rows(mesh, n, actions)
+    return flat | {"obs": _obs(policy, mesh, n)}
+  b, t = config.preference.batch, max(config.preference.buckets)
+  pairs = {
+    "stage_id": _rows(mesh, 2 * b, t, dtype=jnp.int32), "cost": _rows(mesh, 2 * b, stages),
+    "sign": _rows(mesh, b, stages, dtype=jnp.int8), "overall": _rows(mesh, b, dtype=jnp.int8),
+  }  # fmt: skip
+  return train.PreferenceBatch(
+    obs=_obs(policy, mesh, 2 * b, t), tokens=_rows(mesh, 2 * b, t, actions, dtype=jnp.int32),
+    valid=_rows(mesh, 2 * b, t, dtype=bool), ref_log_prob=_rows(mesh, 2 * b, t), pairs=pairs,
+  )  # fmt: skip
+
+
+def abstract_params(policy: policies.Policy, mesh: Mesh) -> Any:
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  places = sharding.shardings(shapes, policy.param_axes, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A program to compile. rows: forward passes in one step; trips: of loops whose length only the device knows."""
+
+  traced: Any
+  rows: int
+  trips: int
+  backward: bool
+  mesh: Mesh
+
+
+def job(policy: policies.Policy, config: Any, program: str, devices: Sequence[jax.Device]) -> Job:
+  """The program as the pipeline builds it, with abstract arguments."""
+  if program not in PROGRAMS:
+    raise ValueError(f"program {program!r}: expected one of {PROGRAMS}")
+  if program == "act":
+    return _act_job(policy, config, devices)
+  mesh = sharding.make_mesh(dict(config.mesh), devices)
+  section = config[program]
+  tx, update = getattr(pipeline_updates, program)(policy, section, mesh, policy.param_axes)
+  params = abstract_params(policy, mesh)
+  state = train.abstract_state(params, tx, mesh=mesh, param_axes=policy.param_axes)
+  traced = update.trace(state, batch(policy, config, program, mesh))
+  if program != "preference":
+    return Job(traced, section.batch, 1, True, mesh)
+  rows = 2 * section.batch * max(section.buckets)
+  return Job(traced, rows, math.ceil(rows / section.micro_batch), True, mesh)
+
+
+def _act_job(policy: policies.Policy, config: Any, devices: Sequence[jax.Device]) -> Job:
+  """`act` on the chips of one host: every process acts for its own simulators, heads over its chips."""
+  local = [d for d in devices if d.process_index == devices[0].process_index]
+  mesh = sharding.make_mesh({"tensor": len(local)}, local)
+  hosts = len(devices) // len(local)
+  n = max(config.sim.num_envs // config.sim.groups // hosts, 1)
+  keys = jax.ShapeDtypeStruct((n, 2), jnp.uint32, sharding=sharding.batch_sharding(mesh))
+  warm = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+
+  def act(*arguments: Any) -> Any:
+    with sharding.activations(mesh):
+      return policy.act(*arguments)
+
+  traced = jax.jit(act).trace(abstract_params(policy, mesh), _obs(policy, mesh, n), keys, warm)
+  return Job(traced, n, 1, False, mesh)
+
+
+# What came out ----------------------------------------------------------------------------------------------
+
+
+def measure(policy: policies.Policy, name: str, program: str, this: Job, chip: roofline.Chip) -> dict[str, Any]:
+  """Compiles one program: memory, collectives, FLOPs and modelled step time, as one flat record.
+
+  Raises: RuntimeError where the program does not fit into the chip's memory.
+  """
+  try:
+    compiled = this.traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    raise RuntimeError(f"{program} on {name} does not compile: {str(error).splitlines()[0]}") from error
+  memory = compiled.memory_analysis()
+  used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+  used += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
+  computations, entry = roofline_hlo.parse(compiled.as_text())
+  times = roofline_hlo.runs(computations, entry, this.trips)
+  moved = roofline_hlo.collectives(computations, times, this.mesh.size)
+  products, others = roofline_hlo.traffic(computations, times)
+  config, count = policy.config, int(np.flatnonzero(policy.free)[-1]) + 1
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  model = roofline.model_flops(params, config, this.rows, backward=this.backward, count=count)
+  hardware = roofline.traced_flops(this.traced.jaxpr, this.trips)
+  links = sum(c.times * roofline.collective_seconds(c.kind, c.size, c.group, chip) for c in moved)
+  step = roofline.StepTime(
+    compute=hardware / this.mesh.size / chip.flops, products=products / chip.bandwidth, others=others / chip.bandwidth,
+    links=links,
+  )  # fmt: skip
+  by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+  for c in moved:
+    by_kind[c.kind][0] += c.times
+    by_kind[c.kind][1] += c.times * c.size
+  ideal = model / this.mesh.size / chip.flops
+  return {
+    "topology": name, "program": program, "mesh": dict(this.mesh.shape), "rows": this.rows, "chips": this.mesh.size,
+    "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes, "used": used, "hbm": chip.hbm,
+    "collectives": {kind: {"count": int(n), "bytes": size} for kind, (n, size) in sorted(by_kind.items())},
+    "model_flops": model, "hardware_flops": hardware, "compute_seconds": step.compute,
+    "product_seconds": step.products, "other_seconds": step.others, "link_seconds": step.links,
+    "serial_seconds": step.serial, "overlapped_seconds": step.overlapped, "mfu_serial": ideal / step.serial,
+    "mfu_overlapped": ideal / step.overlapped,
+  }  # fmt: skip
+
+
+def describe(record: dict[str, Any]) -> str:
+  """A record in words."""
+  gib = lambda size: f"{size / 2**30:.2f} GiB"
+  mesh = " x ".join(f"{name} {size}" for name, size in record["mesh"].items())
+  lines = [
+    f"{PARTS[record['program']]} on {record['topology']}: {record['rows']} rows on {mesh}",
+    f"  memory       {gib(record['used'])} of {gib(record['hbm'])} per chip: arguments {gib(record['arguments'])}, "
+    f"temporaries {gib(record['temporaries'])}",
+  ]
+  lines += [
+    f"  {kind:<12} {c['count']} times, {gib(c['bytes'])} per chip" for kind, c in record["collectives"].items()
+  ]
+  lines += [
+    f"  FLOPs        model {record['model_flops']:.3e}, hardware {record['hardware_flops']:.3e}",
+    f"  seconds      compute {record['compute_seconds']:.3f}, HBM {record['product_seconds']:.3f} with products and "
+    f"{record['other_seconds']:.3f} without, links {record['link_seconds']:.3f}",
+    f"  step         {record['serial_seconds']:.3f} s with no collective hidden, {record['overlapped_seconds']:.3f} s "
+    f"with all of them",
+    f"  MFU          {100 * record['mfu_serial']:.1f} % to {100 * record['mfu_overlapped']:.1f} %",
+  ]
+  return "\n".join(lines)
+
+
+def report(config: Any, name: str, programs: Sequence[str], path: str = "") -> list[dict[str, Any]]:
+  """Compiles the programs one by one and prints each as soon as it is known; `path` collects JSON lines."""
+  policy = make_policy(config)
+  chip, devices = topology(name)
+  records = []
+  for program in programs:
+    this = job(policy, config, program, devices)
+    if program == programs[0]:
+      params = jax.eval_shape(policy.init, jax.random.key(0))
+      print(sharding.table(params, sharding.shardings(params, policy.param_axes, this.mesh), this.mesh, rows=3))
+    records.append(measure(policy, name, program, this, chip))
+    print(describe(records[-1]), flush=True)
+    if path:
+      with pathlib.Path(path).open("a") as file:
+        file.write(json.dumps(records[-1]) + "\n")
+  return records
+
+
+# GPUs: by formula -------------------------------------------------------------------------------------------
+
+
+def plan(config: Any, text: str) -> str:
+  """The memory plan of "8xH100" in words. Raises: ValueError for what is not "NxGPU"."""
+  found = re.fullmatch(r"(\d+)x(\w+)", text)
+  gpus = [name for name in roofline.CHIPS if not name.startswith("v")]
+  if found is None or found[2] not in gpus or int(found[1]) < 1:
+    raise ValueError(f"devices {text!r}: expected a number and one of {gpus}, such as 8xH100")
+  devices, chip = int(found[1]), roofline.CHIPS[found[2]]
+  policy = make_policy(config)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  lines = [f"memory plan of {config.preset} on {devices} x {found[2]}, {chip.hbm / 2**30:.1f} GiB each; in GiB per GPU"]
+  programs = {
+    "imitation": config.imitation.batch // config.imitation.micro_batches,
+    "preference": config.preference.micro_batch,
+    "interaction": config.interaction.batch // config.interaction.micro_batches,
+  }
+  trainable = lora_parameters(config, params)
+  for program, rows in programs.items():
+    here = math.ceil(rows / devices)
+    sizes = roofline.memory_plan(
+      params, policy.config, devices=devices, rows=here, remat=policy.config.remat, trainable=trainable
+    )
+    total = roofline.training_bytes(sizes)
+    fits = "fits" if total < 0.9 * chip.hbm else "DOES NOT FIT: use smaller micro-batches, more devices or LoRA"
+    lines.append(f"{PARTS[program]:<8} {here} rows per GPU: {total / 2**30:.1f}, {fits}")
+    lines += [f"  {size / 2**30:8.2f}  {name}" for name, size in sizes.items()]
+  return "\n".join(lines)
+
+
+def lora_parameters(config: Any, params: Any) -> int | None:
+  """Trainable parameters of `policy.lora` on every kernel, with the value head; None without LoRA."""
+  rank = config.policy.get("lora", {}).get("rank", 0)
+  if not rank:
+    return None
+  total = 0
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    name = sharding.path_name(path)
+    if name.startswith("value/"):
+      total += math.prod(x.shape)
+    elif name.endswith("/kernel") or name == "llm/head/table":
+      stacked = "/layers/" in name
+      lead, size, out = (x.shape[0] if stacked else 1), x.shape[int(stacked)], x.shape[int(stacked) + 1 :]
+      parts = out[0] if "qkv" in name and name.startswith("llm") or "gate_up" in name else 1  # separate in the files
+      total += lead * rank * (parts * size + math.prod(out))
+  return total

@@ -1,0 +1,221 @@
+"""Reads a compiled program's text: its collectives and its memory traffic, loops times their trips.
+
+XLA's own cost analysis counts the body of a loop once, and so sees one of a model's layers. Here every computation
+counts as often as it runs: `known_trip_count` of its loop, or the number that the caller gives for loops whose length
+only the device knows.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+        "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "c64": 8}  # fmt: skip
+# Instructions that move nothing by themselves: names, tuples, and those whose computations are counted on their own.
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+        "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-done", "async-update")  # fmt: skip
+
+
+class Instruction(NamedTuple):
+  """One line. type: shapes with layouts. inside: what stands in the parentheses. rest: what follows them."""
+
+  name: str
+  type: str
+  opcode: str
+  inside: str
+  rest: str
+  root: bool
+
+  @property
+  def operands(self) -> list[str]:
+    """Names."""
+    return re.findall(r"%([\w.\-]+)", self.inside)
+
+
+class Collective(NamedTuple):
+  """kind, how often it runs, bytes of the whole array, devices that take part."""
+
+  kind: str
+  times: int
+  size: float
+  group: int
+
+
+Computations = dict[str, list[Instruction]]
+
+
+def parse(text: str) -> tuple[Computations, str]:
+  """({name: instructions}, name of the entry) of an HLO module."""
+  found: Computations = {}
+  entry, current = "", None
+  for line in text.splitlines():
+    if (head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)) and " = " not in line.split("->")[0]:
+      current = found.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    elif current is not None and (item := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)):
+      if split := re.search(r"(?:^| )([a-z][a-z0-9\-]*)\(", item[3]):
+        inside = item[3][split.end() :]
+        end = _closing(inside)
+        type_, root = item[3][: split.start()], item[1] is not None
+        current.append(Instruction(item[2], type_, split[1], inside[:end], inside[end:], root))
+  if not entry:
+    raise ValueError("this text has no ENTRY computation: expected a compiled module's as_text()")
+  return found, entry
+
+
+def _closing(text: str) -> int:
+  depth = 1
+  for i, character in enumerate(text):
+    depth += {"(": 1, ")": -1}.get(character, 0)
+    if depth == 0:
+      return i
+  return len(text)
+
+
+def size(type_: str, *, hbm: bool = False) -> float:
+  """Bytes of a type, or of its parts that lie in HBM (memory space 0)."""
+  total = 0.0
+  for item, dims, layout in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", type_):
+    if item in ITEM and not (hbm and re.search(r"S\([1-9]", layout)):
+      total += ITEM[item] * math.prod(int(n) for n in dims.split(",") if n)
+  return total
+
+
+def _callees(instruction: Instruction) -> Iterator[tuple[str, str]]:
+  """(role, computation) of what an instruction calls."""
+  for role, name in re.findall(r"(calls|to_apply|body|condition)=%?([\w.\-]+)", instruction.rest):
+    yield role, name
+  for names in re.findall(r"branch_computations=\{([^}]*)\}", instruction.rest):
+    for name in re.findall(r"%?([\w.\-]+)", names):
+      yield "branch", name
+
+
+def trip_count(instruction: Instruction) -> int | None:
+  known = re.search(r'known_trip_count[^\d]*?"?n"?:"?(\d+)', instruction.rest)
+  return int(known[1]) if known else None
+
+
+def runs(computations: Computations, entry: str, trips: int) -> dict[str, int]:
+  """How often each computation runs. trips: of loops whose length is not known to the compiler."""
+  times: dict[str, int] = collections.defaultdict(int)
+
+  def walk(name: str, count: int) -> None:
+    times[name] += count
+    for instruction in computations.get(name, ()):
+      for _, callee in _callees(instruction):
+        length = trip_count(instruction) if instruction.opcode == "while" else 1
+        walk(callee, count * (trips if length is None else length))
+
+  walk(entry, 1)
+  return times
+
+
+def unknown_loops(computations: Computations) -> int:
+  """How many loops have a length that only the device knows."""
+  return sum(i.opcode == "while" and trip_count(i) is None for body in computations.values() for i in body)
+
+
+def collectives(computations: Computations, times: dict[str, int], devices: int) -> list[Collective]:
+  """Every collective that runs. An asynchronous one counts where it starts; a channel counts once."""
+  found: dict[str, Collective] = {}
+  for name, body in computations.items():
+    types = {i.name: i.type for i in body}
+    for i in body:
+      kind = i.opcode.removesuffix("-start")
+      if kind not in COLLECTIVES or not times.get(name):
+        continue
+      group = _group(i.rest, devices)
+      whole = size(i.type)
+      if i.opcode.endswith("-start") and kind == "all-gather":
+        whole *= group / (group + 1)  # its type holds what goes in as well
+      elif i.opcode.endswith("-start") and kind == "collective-permute":
+        whole /= 2
+      elif kind == "reduce-scatter":
+        whole = sum(size(types.get(o, "")) for o in i.operands) or whole * group
+      channel = re.search(r"channel_id=(\d+)", i.rest)
+      key = channel[1] if channel else f"{name}/{i.name}"
+      if key not in found or found[key].times < times[name]:
+        found[key] = Collective(kind, times[name], whole, group)
+  return list(found.values())
+
+
+def _group(rest: str, devices: int) -> int:
+  """Devices of one replica group: "[16,8]<=[128]" is 16 groups of 8, "{{0,1},{2,3}}" is two of 2."""
+  if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+    return int(iota[2])
+  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+    return len(listed[1].split(","))
+  return devices
+
+
+def traffic(computations: Computations, times: dict[str, int]) -> tuple[float, float]:
+  """HBM bytes of (instructions with matrix products, all others), collectives left out."""
+  inside = {callee for body in computations.values() for i in body if i.opcode != "while" for _, callee in _callees(i)
+            if i.opcode not in ("call", "conditional")}  # fmt: skip
+  products = others = 0.0
+  for name, body in computations.items():
+    if name in inside or not times.get(name):
+      continue
+    types = {i.name: i.type for i in body}
+    for i in body:
+      if i.opcode in FREE or i.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+        continue
+      if i.opcode.endswith(("-start", "-done")):  # a copy counts where it ends
+        moved = 2 * size(i.type, hbm=True) if i.opcode == "copy-done" else 0.0
+      else:
+        moved = _moved(i, types, computations)
+      if _multiplies(i, computations):
+        products += times[name] * moved
+      else:
+        others += times[name] * moved
+  return products, others
+
+
+def _multiplies(i: Instruction, computations: Computations) -> bool:
+  """Whether an instruction, or the computation fused into it, is a matrix product."""
+  if i.opcode in ("convolution", "dot"):
+    return True
+  return any(_multiplies(inner, computations) for _, name in _callees(i) for inner in computations.get(name, ()))
+
+
+def _moved(i: Instruction, types: dict[str, str], computations: Computations) -> float:
+  """HBM bytes read and written by one instruction: of a slice or an in-place update, only what it touches."""
+  if i.opcode in ("dynamic-slice", "slice", "gather"):
+    return 2 * size(i.type, hbm=True)
+  if i.opcode == "dynamic-update-slice":
+    return 2 * size(types.get(i.operands[1], ""), hbm=True)
+  fused = next((computations[name] for role, name in _callees(i) if role == "calls" and name in computations), None)
+  if fused is None:
+    return size(i.type, hbm=True) + sum(size(types.get(o, ""), hbm=True) for o in i.operands)
+  return _written(i, fused) + sum(
+    _read(fused, number, types.get(operand, "")) for number, operand in enumerate(i.operands)
+  )
+
+
+def _written(i: Instruction, fused: list[Instruction]) -> float:
+  """What a fusion writes: its result, or the pieces that it updates in place."""
+  inner = {x.name: x for x in fused}
+  root = next(x for x in fused if x.root)
+  ends = [inner[o] for o in root.operands if o in inner] if root.opcode == "tuple" else [root]
+  updates = [x for x in ends if x.opcode == "dynamic-update-slice"]
+  saved = sum(size(x.type) - size(inner[x.operands[1]].type) for x in updates if x.operands[1] in inner)
+  return max(size(i.type, hbm=True) - saved, 0.0)
+
+
+def _read(fused: list[Instruction], number: int, type_: str) -> float:
+  """What a fusion reads of one operand: only the slices that it takes, and nothing of what it updates in place."""
+  whole = size(type_, hbm=True)
+  parameter = next((x for x in fused if x.opcode == "parameter" and int(x.inside) == number), None)
+  if parameter is None or not whole:
+    return whole
+  users = [x for x in fused if parameter.name in x.operands]
+  if users and all(x.opcode in ("dynamic-slice", "slice", "gather") and x.operands[0] == parameter.name for x in users):
+    return min(whole, sum(size(x.type) for x in users))
+  if users and all(x.opcode == "dynamic-update-slice" and x.operands[0] == parameter.name for x in users):
+    return 0.0
+  return whole
