@@ -95,9 +95,19 @@ def _callees(instruction: Instruction) -> Iterator[tuple[str, str]]:
       yield "branch", name
 
 
-def trip_count(instruction: Instruction) -> int | None:
-  known = re.search(r'known_trip_count[^\d]*?"?n"?:"?(\d+)', instruction.rest)
-  return int(known[1]) if known else None
+def trip_count(loop: Instruction, computations: Computations) -> int | None:
+  """How often a loop's body runs: as the compiler wrote it down, or from a counter below a constant; else None.
+
+  The counter of a scan starts at 0 and grows by 1; only such loops have a constant in their condition.
+  """
+  if known := re.search(r'known_trip_count[^\d]*?"?n"?:"?(\d+)', loop.rest):
+    return int(known[1])
+  condition = computations.get(next(name for role, name in _callees(loop) if role == "condition"), [])
+  constants = {i.name: int(i.inside) for i in condition if i.opcode == "constant" and i.inside.isdigit()}
+  root = next((i for i in condition if i.root), None)
+  if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
+    return None
+  return next((constants[name] for name in root.operands if name in constants), None)
 
 
 def runs(computations: Computations, entry: str, trips: int) -> dict[str, int]:
@@ -107,22 +117,21 @@ def runs(computations: Computations, entry: str, trips: int) -> dict[str, int]:
   def walk(name: str, count: int) -> None:
     times[name] += count
     for instruction in computations.get(name, ()):
+      length = trip_count(instruction, computations) if instruction.opcode == "while" else 1
       for _, callee in _callees(instruction):
-        length = trip_count(instruction) if instruction.opcode == "while" else 1
         walk(callee, count * (trips if length is None else length))
 
   walk(entry, 1)
   return times
 
 
-def unknown_loops(computations: Computations) -> int:
-  """How many loops have a length that only the device knows."""
-  return sum(i.opcode == "while" and trip_count(i) is None for body in computations.values() for i in body)
-
-
 def collectives(computations: Computations, times: dict[str, int], devices: int) -> list[Collective]:
-  """Every collective that runs. An asynchronous one counts where it starts; a channel counts once."""
-  found: dict[str, Collective] = {}
+  """Every collective that runs. What is started at one place and ended at another counts once.
+
+  A TPU fuses a collective with the work that it runs behind, and writes it into every link of that chain: same channel,
+  same shape. An all-reduce that keeps one piece ("all-reduce-scatter") is a reduce-scatter.
+  """
+  found: dict[tuple[str, ...], Collective] = {}
   for name, body in computations.items():
     types = {i.name: i.type for i in body}
     for i in body:
@@ -137,15 +146,23 @@ def collectives(computations: Computations, times: dict[str, int], devices: int)
         whole /= 2
       elif kind == "reduce-scatter":
         whole = sum(size(types.get(o, "")) for o in i.operands) or whole * group
+      kind = "reduce-scatter" if kind == "all-reduce" and name.startswith("all-reduce-scatter") else kind
       channel = re.search(r"channel_id=(\d+)", i.rest)
-      key = channel[1] if channel else f"{name}/{i.name}"
+      chained = channel and channel[1] != "1"  # 1: no channel of its own
+      key = (kind, channel[1], re.sub(r"\{[^}]*\}", "", i.type)) if chained else (name, i.name)
       if key not in found or found[key].times < times[name]:
         found[key] = Collective(kind, times[name], whole, group)
   return list(found.values())
 
 
 def _group(rest: str, devices: int) -> int:
-  """Devices of one replica group: "[16,8]<=[128]" is 16 groups of 8, "{{0,1},{2,3}}" is two of 2."""
+  """Devices of one replica group. "[16,8]<=[128]" is 16 groups of 8, "{{0,1},{2,3}}" two of 2, and
+  "mesh['a'=2,'b'=4] {'b'}" two of 4, where an axis may be a part of one: "'b':(1)2" is 2 devices.
+  """
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+    parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+    return math.prod(int(part) if part else sizes[name] for name, part in parts)
   if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
     return int(iota[2])
   if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):

@@ -1,0 +1,273 @@
+"""What a program would cost elsewhere: counted FLOPs, the reader of compiled programs, the memory plan, the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stare_jax import compile_programs, policies, roofline, roofline_hlo, sharding, train
+from tests import nano_pod
+
+STATS = policies.ActionStats(-np.ones(7, np.float32), np.ones(7, np.float32), np.arange(7) < 6)
+
+
+def nano(**options):
+  return policies.make("openvla", size="tiny", stats=STATS, **{**nano_pod.NANO, "image_size": 16, **options})
+
+
+def shapes_of(policy, rows):
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  c, of = policy.config, jax.ShapeDtypeStruct
+  obs = policies.Obs(of((rows, c.image_size, c.image_size, 3), jnp.uint8), of((rows, c.prompt_length), jnp.int32),
+                     of((rows, c.prompt_length), bool))  # fmt: skip
+  return params, obs, of((rows, c.action_size), jnp.int32)
+
+
+# FLOPs -----------------------------------------------------------------------------------------------------
+
+
+def test_counted_flops_are_those_of_the_compiler():
+  """Unrolled, so that XLA counts every layer. Its count has the elementwise operations too, and a cheaper last layer."""
+  policy = nano(unroll=True, remat="none", compute_dtype="float32", llm_width=128, llm_mlp=344, llm_head_size=32)
+  arguments = shapes_of(policy, rows=2)
+  forward = lambda p, obs, tokens: policy.apply(p, obs, tokens).logits
+  compiler = jax.jit(forward).lower(*arguments).compile().cost_analysis()["flops"]
+  model = roofline.model_flops(arguments[0], policy.config, 2, backward=False)
+  traced = roofline.traced_flops(jax.make_jaxpr(forward)(*arguments))
+  assert compiler == pytest.approx(model, rel=0.15)
+  assert traced == pytest.approx(compiler, rel=0.15) and traced < compiler
+
+
+@pytest.mark.parametrize("remat, times", [("none", 3), ("block", 4)])
+def test_traced_flops_know_of_scans_and_of_what_is_computed_again(remat, times):
+  policy = nano(remat=remat)
+  arguments = shapes_of(policy, rows=2)
+  forward = lambda p, obs, tokens: jnp.sum(policy.apply(p, obs, tokens).logits)
+  once = roofline.traced_flops(jax.make_jaxpr(forward)(*arguments))
+  assert once == pytest.approx(roofline.model_flops(arguments[0], policy.config, 2, backward=False), rel=0.02)
+  both = roofline.traced_flops(jax.make_jaxpr(jax.grad(forward))(*arguments))
+  assert both == pytest.approx(times * once, rel=0.1)  # nothing is differentiated by pixels, or computed again outside
+
+
+def test_traced_flops_of_loops_of_unknown_length():
+  loop = lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+  jaxpr = jax.make_jaxpr(loop)(jnp.ones((8, 8)), 3)
+  assert roofline.traced_flops(jaxpr, trips=5) == 5 * 2 * 8**3
+
+
+# Step time -------------------------------------------------------------------------------------------------
+
+
+def test_step_time_is_the_slowest_of_what_overlaps():
+  step = roofline.StepTime(compute=3.0, products=2.0, others=1.0, links=5.0)
+  assert (step.chip, step.overlapped, step.serial) == (4.0, 5.0, 9.0)
+  assert roofline.StepTime(1.0, 2.0, 0.5, 0.1).overlapped == 2.5
+
+
+def test_collectives_cost_what_a_ring_moves():
+  chip = roofline.CHIPS["v5e"]
+  second = chip.links / 2
+  assert roofline.collective_seconds("all-gather", second, 4, chip) == pytest.approx(0.75)
+  assert roofline.collective_seconds("all-reduce", second, 4, chip) == pytest.approx(1.5)
+  assert roofline.collective_seconds("reduce-scatter", second, 1, chip) == 0.0
+
+
+# Reading compiled programs ---------------------------------------------------------------------------------
+
+
+def test_collectives_in_a_scan_count_as_often_as_it_runs():
+  """Five layers whose weights are cut: five gathers, of the bytes of one layer each; the compiler's text has one."""
+  mesh = sharding.make_mesh({"fsdp": 4, "data": 2})
+  rows, cut = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, jax.P(None, "fsdp"))
+  layers = jax.ShapeDtypeStruct((5, 64, 32), jnp.float32, sharding=cut)
+  x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=rows)
+
+  def forward(x, layers):
+    def body(x, w):
+      x = sharding.constrain(jnp.tanh(x @ w) @ w.T, "batch", None)
+      return x, None
+
+    with sharding.activations(mesh):
+      return jax.lax.scan(body, x, layers)[0]
+
+  text = jax.jit(forward, out_shardings=rows).lower(x, layers).compile().as_text()
+  computations, entry = roofline_hlo.parse(text)
+  found = roofline_hlo.collectives(computations, roofline_hlo.runs(computations, entry, trips=99), mesh.size)
+  gathers = [c for c in found if c.kind == "all-gather"]
+  assert {(c.times, c.size, c.group) for c in gathers} == {(5, 64 * 32 * 4.0, 4)}
+  assert text.count(" all-gather(") == len(gathers)
+
+
+TPU_TEXT = """\
+HloModule sample
+%all-reduce-scatter.1 (input: bf16[512,64]) -> bf16[128,64] {
+  %input = bf16[512,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-reduce.1 = bf16[512,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %piece = bf16[128,64]{1,0} slice(%all-reduce.1), slice={[0:128], [0:64]}
+}
+%link.1 (param_0: bf16[16,64]) -> bf16[64,64] {
+  %param_0 = bf16[16,64]{1,0} parameter(0)
+  ROOT %all-gather.7 = bf16[64,64]{1,0:S(1)} all-gather(%param_0), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+}
+%link.2 (param_0.2: bf16[16,64]) -> bf16[64,64] {
+  %param_0.2 = bf16[16,64]{1,0} parameter(0)
+  ROOT %all-gather.8 = bf16[64,64]{1,0} all-gather(%param_0.2), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+}
+%slice_fused (stack: f32[32,100], at: s32[]) -> f32[1,100] {
+  %stack = f32[32,100]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %one = f32[1,100]{1,0} dynamic-slice(%stack, %at, %at), dynamic_slice_sizes={1,100}
+}
+%condition (state: (s32[], bf16[16,64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %state = (s32[], bf16[16,64]) parameter(0)
+  %count = s32[] get-tuple-element(%state), index=0
+  ROOT %less = pred[] compare(%count, %limit), direction=LT
+}
+%body (state.1: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {
+  %state.1 = (s32[], bf16[16,64]) parameter(0)
+  %x = bf16[16,64]{1,0} get-tuple-element(%state.1), index=1
+  %first = bf16[64,64]{1,0:S(1)} fusion(%x), kind=kCustom, calls=%link.1
+  %second = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%link.2
+  %layers = f32[32,100]{1,0} constant({...})
+  %i = s32[] get-tuple-element(%state.1), index=0
+  %layer = f32[1,100]{1,0} fusion(%layers, %i), kind=kLoop, calls=%slice_fused
+  ROOT %next = (s32[], bf16[16,64]) tuple(%i, %x)
+}
+ENTRY %main (p: bf16[16,64], g: bf16[512,64]) -> bf16[128,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  %g = bf16[512,64]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[16,64]) tuple(%zero, %p)
+  %loop = (s32[], bf16[16,64]) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[128,64]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_how_a_tpu_writes_its_programs():
+  """Loops without a written length, collectives in the links of a chain, fused reduce-scatters, memory spaces."""
+  computations, entry = roofline_hlo.parse(TPU_TEXT)
+  times = roofline_hlo.runs(computations, entry, trips=99)
+  assert times["body"] == 7 and times["link.1"] == 7 and times["main"] == 1
+  found = sorted(roofline_hlo.collectives(computations, times, 8))
+  assert found == [("all-gather", 7, 64 * 64 * 2.0, 4), ("reduce-scatter", 1, 512 * 64 * 2.0, 4)]
+  products, others = roofline_hlo.traffic(computations, times)
+  links = (16 * 64 * 2) + (16 * 64 * 2 + 64 * 64 * 2)  # what is gathered into S(1) is not in HBM
+  layer = 2 * 100 * 4 + 4  # one of the 32 rows, read and written, and where it lies
+  assert products == 0 and others == 7 * (links + layer) + (512 + 128) * 64 * 2
+
+
+def test_text_that_is_no_program():
+  with pytest.raises(ValueError, match="no ENTRY computation: expected a compiled module's as_text"):
+    roofline_hlo.parse("nothing")
+
+
+# The memory plan -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_memory_plan_against_the_compiler(remat):
+  """State to the byte; activations, of which the compiler fuses some and pads others, to a factor of two."""
+  policy = nano(remat=remat, llm_width=128, llm_mlp=344, llm_head_size=32, compute_dtype="float32")
+  rows = 16
+  params, obs, tokens = shapes_of(policy, rows)
+  tx = train.make_optimizer(learning_rate=1e-3)
+  loss = lambda p, batch: (lambda x: (train_mean(x), {}))(policy.apply(p, *batch).logits)
+  update = train.make_update(loss, tx)
+  state = train.abstract_state(params, tx)
+  memory = update.lower(state, (obs, tokens)).compile().memory_analysis()
+  plan = roofline.memory_plan(params, policy.config, devices=1, rows=rows, remat=remat)
+  assert plan["parameters"] + plan["moments"] == pytest.approx(memory.alias_size_in_bytes, rel=0.01)
+  work = plan["activations"] + plan["gradients"]
+  assert work / 2 < memory.temp_size_in_bytes < 2 * work
+
+
+def train_mean(x):
+  from stare_jax.losses.ops import Mean
+  return Mean.of(jnp.square(x), jnp.ones(x.shape, bool))
+
+
+def test_cache_is_what_act_carries():
+  policy = nano()
+  _, obs, _ = shapes_of(policy, 3)
+  c = policy.config
+  expected = 2 * c.llm_depth * 3 * (c.patches + c.prompt_length + 6) * c.llm_width * 2
+  assert roofline.cache_bytes(c, 3) == expected
+
+
+def test_plan_of_a_gpu_names_what_does_not_fit():
+  from configs import ipi
+  lora = compile_programs.plan(ipi.get_config("openvla_7b_lora"), "1xH100")
+  assert lora.count("fits") == 3 and "DOES NOT FIT" not in lora
+  assert "DOES NOT FIT" in compile_programs.plan(ipi.get_config("openvla_7b"), "1xH100")
+  with pytest.raises(ValueError, match="devices '8xB9': expected a number and one of .*'H100'.* such as 8xH100"):
+    compile_programs.plan(ipi.get_config("openvla_7b"), "8xB9")
+
+
+def test_lora_parameters_are_those_of_the_public_recipe():
+  """110,828,288 on the public model, dead blocks included; they are not here, so their adapters are not either."""
+  from configs import ipi
+  config = ipi.get_config("openvla_7b_lora")
+  policy = compile_programs.make_policy(config)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  count = compile_programs.lora_parameters(config, params)
+  value = sum(x.size for x in jax.tree.leaves(params["value"]))
+  r = 32
+  dino = r * ((1024 + 3072) + (1024 + 1024) + 2 * (1024 + 4096))
+  siglip = r * ((1152 + 3456) + 2 * 1152 + 2 * (1152 + 4304))
+  pool = r * (2 * 1152 + (1152 + 2304) + 2 * 1152 + 2 * (1152 + 4304))
+  assert count - value == 110_828_288 - dino - siglip - pool
+
+
+# Real compiles for TPU chips -------------------------------------------------------------------------------
+
+
+def tpu_compiler() -> str:
+  """The TPU compiler's library, or nothing."""
+  beside = pathlib.Path(sys.prefix, "tpu-compiler", "libtpu", "libtpu.so")
+  return os.environ.get("TPU_LIBRARY_PATH", "") or (str(beside) if beside.exists() else "")
+
+
+def compiled(tmp_path, environment, *flags):
+  if not tpu_compiler():
+    pytest.skip("the TPU compiler is not installed: make tpu-compiler")
+  out = tmp_path / "programs.jsonl"
+  command = [sys.executable, "-m", "stare_jax.compile", "--config=tests/nano_pod.py", "--topology=v5e:2x2"]
+  environment = {**environment, "TPU_LIBRARY_PATH": tpu_compiler()}
+  root = pathlib.Path(__file__).resolve().parent.parent
+  done = subprocess.run([*command, f"--json={out}", *flags], cwd=root, env=environment, capture_output=True, text=True,
+                        check=False)  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+  return done.stdout, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def check(record, gathers=True):
+  assert record["chips"] in (1, 4) and 0 < record["used"] < record["hbm"]
+  assert record["hardware_flops"] >= record["model_flops"] > 0
+  assert 0 < record["mfu_serial"] <= record["mfu_overlapped"] < 1
+  if gathers:  # the weights of a layer are gathered where it runs, and their gradients return to their pieces
+    assert record["collectives"]["all-gather"]["count"] >= 2 * 4 * 4
+    assert record["collectives"]["all-gather"]["bytes"] > 0
+
+
+def test_tpu_compiler_takes_the_sft_update(tmp_path, user_environment):
+  text, (record,) = compiled(tmp_path, user_environment, "--program=imitation")
+  check(record)
+  assert "SFT on v5e:2x2: 64 rows on data 2 x fsdp 2 x tensor 1" in text and "4 TPU v5 lite" not in text
+
+
+@pytest.mark.slow
+def test_tpu_compiler_takes_every_program(tmp_path, user_environment):
+  _, records = compiled(tmp_path, user_environment)
+  assert [record["program"] for record in records] == list(compile_programs.PROGRAMS)
+  for record in records:
+    check(record, gathers=record["program"] != "act")
