@@ -247,8 +247,9 @@ def plan(config: Any, text: str) -> str:
   trainable = lora_parameters(config, params)
   for program, rows in programs.items():
     here = math.ceil(rows / devices)
+    pieces = math.gcd(devices, max(config.mesh.fsdp, 1) * max(config.mesh.tensor, 1))
     sizes = roofline.memory_plan(
-      params, policy.config, devices=devices, rows=here, remat=policy.config.remat, trainable=trainable
+      params, policy.config, devices=pieces, rows=here, remat=policy.config.remat, trainable=trainable
     )
     total = roofline.training_bytes(sizes)
     fits = "fits" if total < 0.9 * chip.hbm else "DOES NOT FIT: use smaller micro-batches, more devices or LoRA"

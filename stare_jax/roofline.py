@@ -165,8 +165,9 @@ def kept_per_row(config: Any, remat: str, count: int = 7) -> float:
 def memory_plan(
   params: Any, config: Any, *, devices: int, rows: int, remat: str, trainable: int | None = None
 ) -> dict[str, float]:
-  """Bytes on each device for an update of `rows` rows per device, and for `act` with as many, cut over all devices.
+  """Bytes on each device for an update of `rows` rows per device, and for `act` with as many.
 
+    devices: in how many pieces the parameters are cut (fsdp x tensor).
     trainable: how many parameters are; None is all of them. Gradients and both moments are float32.
   """
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -159,7 +159,7 @@ def _group(rest: str, devices: int) -> int:
   """Devices of one replica group. "[16,8]<=[128]" is 16 groups of 8, "{{0,1},{2,3}}" two of 2, and
   "mesh['a'=2,'b'=4] {'b'}" two of 4, where an axis may be a part of one: "'b':(1)2" is 2 devices.
   """
-  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
     parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
     return math.prod(int(part) if part else sizes[name] for name, part in parts)

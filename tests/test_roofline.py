@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stare_jax import compile_programs, policies, roofline, roofline_hlo, sharding, train
-from tests import nano_pod
+from tests import inspecting, nano_pod
 
 STATS = policies.ActionStats(-np.ones(7, np.float32), np.ones(7, np.float32), np.arange(7) < 6)
 
@@ -35,7 +35,7 @@ def shapes_of(policy, rows):
 
 
 def test_counted_flops_are_those_of_the_compiler():
-  """Unrolled, so that XLA counts every layer. Its count has the elementwise operations too, and a cheaper last layer."""
+  """Unrolled, so that XLA counts every layer. Its count has elementwise operations too, and a cheaper last layer."""
   policy = nano(unroll=True, remat="none", compute_dtype="float32", llm_width=128, llm_mlp=344, llm_head_size=32)
   arguments = shapes_of(policy, rows=2)
   forward = lambda p, obs, tokens: policy.apply(p, obs, tokens).logits
@@ -110,16 +110,16 @@ TPU_TEXT = """\
 HloModule sample
 %all-reduce-scatter.1 (input: bf16[512,64]) -> bf16[128,64] {
   %input = bf16[512,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
-  %all-reduce.1 = bf16[512,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all-reduce.1 = bf16[512,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}
   ROOT %piece = bf16[128,64]{1,0} slice(%all-reduce.1), slice={[0:128], [0:64]}
 }
 %link.1 (param_0: bf16[16,64]) -> bf16[64,64] {
   %param_0 = bf16[16,64]{1,0} parameter(0)
-  ROOT %all-gather.7 = bf16[64,64]{1,0:S(1)} all-gather(%param_0), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %all-gather.7 = bf16[64,64]{1,0:S(1)} all-gather(%param_0), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}
 }
 %link.2 (param_0.2: bf16[16,64]) -> bf16[64,64] {
   %param_0.2 = bf16[16,64]{1,0} parameter(0)
-  ROOT %all-gather.8 = bf16[64,64]{1,0} all-gather(%param_0.2), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %all-gather.8 = bf16[64,64]{1,0} all-gather(%param_0.2), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}
 }
 %slice_fused (stack: f32[32,100], at: s32[]) -> f32[1,100] {
   %stack = f32[32,100]{1,0} parameter(0)
@@ -163,7 +163,8 @@ def test_how_a_tpu_writes_its_programs():
   products, others = roofline_hlo.traffic(computations, times)
   links = (16 * 64 * 2) + (16 * 64 * 2 + 64 * 64 * 2)  # what is gathered into S(1) is not in HBM
   layer = 2 * 100 * 4 + 4  # one of the 32 rows, read and written, and where it lies
-  assert products == 0 and others == 7 * (links + layer) + (512 + 128) * 64 * 2
+  counter = 4 + 4 + 1  # two numbers compared
+  assert products == 0 and others == 7 * (links + layer + counter) + (512 + 128) * 64 * 2
 
 
 def test_text_that_is_no_program():
@@ -174,7 +175,7 @@ def test_text_that_is_no_program():
 # The memory plan -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["block", pytest.param("none", marks=pytest.mark.slow)])
 def test_memory_plan_against_the_compiler(remat):
   """State to the byte; activations, of which the compiler fuses some and pads others, to a factor of two."""
   policy = nano(remat=remat, llm_width=128, llm_mlp=344, llm_head_size=32, compute_dtype="float32")
@@ -226,6 +227,26 @@ def test_lora_parameters_are_those_of_the_public_recipe():
   siglip = r * ((1152 + 3456) + 2 * 1152 + 2 * (1152 + 4304))
   pool = r * (2 * 1152 + (1152 + 2304) + 2 * 1152 + 2 * (1152 + 4304))
   assert count - value == 110_828_288 - dino - siglip - pool
+
+
+# The programs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", compile_programs.PROGRAMS)
+def test_logits_exist_only_where_actions_are(program):
+  """No array of a program has the vocabulary beside rows or positions, and action logits have no sequence."""
+  config = nano_pod.get_config()
+  policy = compile_programs.make_policy(config)
+  c = policy.config
+  sizes = {c.vocabulary, c.bins, c.patches + c.prompt_length, c.patches + c.prompt_length + 6}
+  assert len(sizes) == 4, "sizes that cannot be told apart"
+  this = compile_programs.job(policy, config, program, jax.devices()[:4])
+  shapes = {tuple(v.aval.shape) for eqn in inspecting.equations(this.traced.jaxpr) for v in eqn.outvars}
+  words = {shape for shape in shapes if c.vocabulary in shape}
+  assert words <= {(c.vocabulary, c.llm_width)}, words
+  logits = [shape for shape in shapes if shape and shape[-1] == c.bins]
+  assert logits and all(not set(shape) & {c.patches + c.prompt_length, c.patches + c.prompt_length + 6}
+                        for shape in logits)  # fmt: skip
 
 
 # Real compiles for TPU chips -------------------------------------------------------------------------------
