@@ -60,6 +60,12 @@ STARTS_FROM = dict(
 )  # fmt: skip
 
 
+def change(c: ml_collections.ConfigDict, fields: dict) -> None:
+  if "policy.options" in fields:  # those of `tiny` mean nothing to another size
+    c.policy.options = fields.pop("policy.options")
+  c.update_from_flattened_dict(fields)
+
+
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   preset, chosen = parse_arg(arg, PRESETS, task="pull_cube", seed=0)
   c = ml_collections.ConfigDict()
@@ -117,9 +123,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)  # 1: as it acts in training; 0: argmax
   c.checkpoint = dict(keep=2)
   c.report = dict(videos=4)
-  changes = dict(PRESETS[preset])
-  if "policy.options" in changes:  # those of `tiny` mean nothing to another size
-    c.policy.options = changes.pop("policy.options")
-  c.update_from_flattened_dict(changes)
+  change(c, dict(PRESETS[preset]))
   c.lock()
   return c

@@ -214,6 +214,26 @@ def test_plan_of_a_gpu_names_what_does_not_fit():
     compile_programs.plan(ipi.get_config("openvla_7b"), "8xB9")
 
 
+@pytest.mark.parametrize("preset, chips", [("openvla_7b", (16, 32, 64, 256)), ("openvla_7b_lora", (1,))])
+def test_presets_of_the_7b_model_can_be_launched_as_written(preset, chips):
+  """Fields that fit together, a rule for every weight, and batches that divide over every pod of docs/scaling.md."""
+  from configs import ipi
+  from stare_jax import config as config_checks
+  from stare_jax import tasks
+  config = ipi.get_config(preset)
+  config_checks.validate(config, tasks.names)
+  policy = compile_programs.make_policy(config)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  assert sum(x.size for x in jax.tree.leaves(params)) == 7_500_320_160
+  for count in chips:
+    axes = jax.sharding.AbstractMesh((count // config.mesh.fsdp, config.mesh.fsdp, config.mesh.tensor), sharding.MESH)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+      sharding.param_spec(sharding.path_name(path), x.shape, policy.param_axes, axes)
+    for rows in (config.imitation.batch // config.imitation.micro_batches, config.preference.batch,
+                 config.preference.micro_batch, config.interaction.batch // config.interaction.micro_batches):
+      assert rows % count == 0
+
+
 def test_lora_parameters_are_those_of_the_public_recipe():
   """110,828,288 on the public model, dead blocks included; they are not here, so their adapters are not either."""
   from configs import ipi
