@@ -248,10 +248,12 @@ def test_micro_batch_divides_over_the_devices():
 
 
 def test_uneven_padding_between_devices():
-  """One device's episodes are all padding but for a step: it waits for the others, and nothing is lost."""
+  """One device's episodes are all padding but for a step: it takes its share of the others', and nothing is lost."""
   batch = small_model.pairs(np.random.default_rng(3), steps=6)
   batch.valid[2:4], batch.valid[2:4, 0] = False, True
   batch.pairs["stage_id"][:] = np.where(batch.valid, batch.pairs["stage_id"], -1)
+  trips = train._trips(train._steps(batch.tokens, jnp.asarray(batch.valid)), 8)
+  assert int(trips) == -(-int(batch.valid.sum()) // 8)  # micro-batches are full, wherever the steps lie
   run = lambda mesh, batch: jax.jit(
     lambda p, b: train.preference_gradient(small_model.log_prob, stage_kernel, p, b, micro_batch=8, mesh=mesh)[0]
   )(sharding.replicate(parameters(), mesh), batch)
