@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stare_jax import pipeline_together, pipeline_updates, policies, stages, train, train_critic
+from stare_jax import pipeline_together, pipeline_updates, stages, train, train_critic
 from stare_jax.episode import SIGNAL_SIZE, StagedEpisode, unpack_signals
 from stare_jax.losses import ops, ppo
 from stare_jax.pipeline_run import Run, advance_until, starting_params, step
