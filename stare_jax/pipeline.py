@@ -26,7 +26,7 @@ from stare_jax import batching, checkpoint, dataset, evaluate, losses, policies,
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.losses import ops
-from stare_jax.pipeline_check import check
+from stare_jax.pipeline_check import check, resolved
 from stare_jax.pipeline_interaction import interaction
 from stare_jax.pipeline_run import (
   Run,
@@ -155,6 +155,13 @@ def preference(run: Run) -> Any:
 # --- evaluation and the run -------------------------------------------------------------------------------------
 
 
+def evaluation_starts(task: Any, episodes: int, seed: int) -> list[Start]:
+  """The published starts of a task, over and over with other samples; of a task without any, seeds from `seed` on."""
+  if task.starts is None:
+    return [Start(seed + i) for i in range(episodes)]
+  return [Start(i % task.starts, i // task.starts) for i in range(episodes)]
+
+
 def evaluation(run: Run, label: str, params: Any) -> dict:
   """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters."""
   c = run.config.evaluation
@@ -170,7 +177,7 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   began = time.monotonic()
   with report.Progress(f"{label} evaluation", c.episodes, unit="episode") as bar:
     collector = run.collector(run.actor(params, "evaluation", c.temperature), progress=bar, stop_on_success=False)
-    episodes = collector.episodes([Start(c.seed + i) for i in range(c.episodes)])
+    episodes = collector.episodes(evaluation_starts(run.task, c.episodes, c.seed))
   staged = stages.annotate(run.task, episodes, offset=run.config.interaction.offset)
   names = [stage.name for stage in run.task.stages]
   report.clear_samples(run.workdir, label)
@@ -181,9 +188,10 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   for index, i in enumerate(evaluate.pick_samples(staged, successes=run.config.report.videos - half, failures=half)):
     item = staged[i]
     report.write_sample(
-      run.workdir, label=label, index=index, frames=item.episode.images, fps=10.0, task=run.task.name,
-      seed=item.episode.seed, success=bool(item.episode.success[1:].any()), stages=names, stage_id=item.stage_id,
-      completed_at=item.completed_at, potential=item.potential, instruction=run.task.instruction,
+      run.workdir, label=label, index=index, frames=item.episode.images, fps=run.task.control_hz / 2,
+      task=run.task.name, seed=item.episode.seed, success=bool(item.episode.success[1:].any()), stages=names,
+      stage_id=item.stage_id, completed_at=item.completed_at, potential=item.potential,
+      instruction=run.task.instruction,
     )  # fmt: skip
   result["digest"] = checkpoint.config_digest(fields)
   report.write_evaluation(run.workdir, result)
@@ -203,6 +211,7 @@ def run(
     NonFiniteError: an update was refused; the last checkpoint is intact.
     Stop: `stop()` became true; a checkpoint was written, and the same command continues from it.
   """
+  config = resolved(config)
   check(config, workdir)
   this = Run(config, workdir, stop=stop)
   open_folder(this)
