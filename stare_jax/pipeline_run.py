@@ -17,6 +17,7 @@ import optax
 from stare_jax import batching, checkpoint, dataset, policies, report, sharding, sims, tasks, train
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
+from stare_jax.pipeline_check import resolved
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
 log = logging.getLogger("stare_jax")
@@ -34,7 +35,7 @@ class Run:
   """
 
   def __init__(self, config: Any, workdir: str | os.PathLike, *, stop: Callable[[], bool] = lambda: False):
-    self.config, self.stop = config, stop
+    self.config, self.stop = resolved(config), stop
     self.workdir = pathlib.Path(workdir)
     self.task = tasks.get(config.task)
     self.mesh = sharding.make_mesh(dict(config.mesh))
