@@ -27,10 +27,10 @@ PRESETS = {
 # OpenVLA-7B, from a public checkpoint: add --config.policy.checkpoint=FOLDER. Rates, clipping and rollouts are those of
 # the public full fine-tuning and LoRA recipes; docs/scaling.md says what each needs and where the batches come from.
 SEVEN_B = {
-  "policy.size": "7b", "policy.options": {"remat": "block"}, "sim.image_size": 224, "sim.horizon": 80,
+  "policy.size": "7b", "policy.options": {"remat": "block"}, "sim.image_size": 224,
   "sim.num_envs": 64, "sim.num_workers": 8, "imitation.optimiser.schedule": "constant",
   "imitation.optimiser.warmup_steps": 0, "imitation.optimiser.betas": (0.9, 0.999), "imitation.hp.smoothing_sigma": 0.0,
-  "imitation.checkpoint_every": 500, "preference.buckets": (80,), "preference.optimiser.schedule": "constant",
+  "imitation.checkpoint_every": 500, "preference.optimiser.schedule": "constant",
   "preference.optimiser.warmup_steps": 0, "preference.hp.beta": 0.1, "preference.hp.cost_weight": 0.5,
   "preference.parts_before": 0, "preference.tail": 0, "preference.samples": 4, "interaction.critic": "policy",
   "interaction.steps": 80, "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95,

@@ -47,7 +47,8 @@ def test_suggest_lists_what_is_known():
 def test_every_preset_is_valid_for_every_task(preset, task):
   config = resolved(ipi.get_config(f"{preset},task={task}"))
   validate(config, tasks.names)
-  assert config.sim.horizon == tasks.get(task).horizon and config.preference.buckets == (config.preference.tail,)
+  longest = config.preference.tail or config.sim.horizon
+  assert config.sim.horizon == tasks.get(task).horizon and config.preference.buckets == (longest,)
   assert config.is_locked
 
 
