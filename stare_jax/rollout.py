@@ -239,7 +239,7 @@ class ExpertActor:
 
   Attributes:
     task: has `expert(rng, noise)`.
-    noise: standard deviation of the disturbance of the three translations.
+    noise: standard deviation of the disturbance of the three translations, in the task's `unit`.
     seed: with the start, fixes the disturbance.
   """
 
@@ -258,7 +258,7 @@ class ExpertActor:
       rng, expert = self.episodes[start]
       actions[row] = expert.act(unpack_signals(signals[row]))
       sent[row] = actions[row]
-      sent[row, :3] = np.clip(sent[row, :3] + self.noise * rng.standard_normal(3), -1, 1)
+      sent[row, :3] = np.clip(sent[row, :3] + self.noise * self.task.unit * rng.standard_normal(3), -1, 1)
     nothing = np.zeros(actions.shape)
     return Decision(actions, nothing.astype(np.int32), nothing, np.zeros(len(actions)), sent)
 

@@ -15,9 +15,9 @@ import numpy as np
 if TYPE_CHECKING:
   from stare_jax.sims.pool import Pool
 
-# name -> environment class; imported in the worker process only.
+# name -> environment class, or a function that picks one; imported in the worker process only.
 REGISTRY: dict[str, str] = {
-  "maniskill": "stare_jax.sims.maniskill:ManiSkill",
+  "maniskill": "stare_jax.sims.maniskill:make",
   "toy": "stare_jax.sims.toy:Toy",
 }
 
@@ -56,6 +56,18 @@ def load(target: str) -> Any:
   return getattr(importlib.import_module(module), attribute)
 
 
+def spec(task: Any, image_size: int, **options: Any) -> dict[str, Any]:
+  """The arguments of an environment class for `task`; `options` are the class's own."""
+  return dict(
+    env_id=task.env_id,
+    actors=tuple(task.actors),
+    camera=None if task.camera is None else (task.camera.eye, task.camera.target, task.camera.fov),
+    env_options=dict(task.env_options),
+    image_size=image_size,
+    **options,
+  )
+
+
 def make(
   name: str = "maniskill",
   *,
@@ -82,14 +94,7 @@ def make(
   from stare_jax.sims import pool
 
   mine = {key: options.pop(key) for key in ("start_timeout", "max_failures", "wait", "action_size") if key in options}
-  spec = dict(
-    env_id=task.env_id,
-    actors=tuple(task.actors),
-    camera=None if task.camera is None else (task.camera.eye, task.camera.target, task.camera.fov),
-    env_options=dict(task.env_options),
-    image_size=image_size,
-    **options,
-  )
   return pool.Pool(
-    resolve(name), spec, num_envs=num_envs, num_workers=num_workers, image_size=image_size, timeout=timeout, **mine
-  )
+    resolve(name), spec(task, image_size, **options), num_envs=num_envs, num_workers=num_workers,
+    image_size=image_size, timeout=timeout, **mine,
+  )  # fmt: skip

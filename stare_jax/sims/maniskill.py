@@ -1,4 +1,4 @@
-"""One ManiSkill environment on the CPU, inside a worker process. The only module that imports torch.
+"""One ManiSkill environment on the CPU, inside a worker process. This module and `bridge` alone import torch.
 
 It keeps ManiSkill's physics and drops what a learner never looks at: observation dictionaries, rewards, spaces and
 camera matrices. A control step is the controller's action, the physics substeps, a picture and a signal vector.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from stare_jax.episode import SIGNALS
-from stare_jax.sims import SimulatorError
+from stare_jax.sims import SimulatorError, load
 
 _SNAPSHOT_VERSION = 1
 _GRASP_FORCE = 0.5  # newtons per finger, and
@@ -31,10 +31,24 @@ _NO_DEVICE = (
   "  apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1\n"
   "(Debian 12 itself has 22.3, which is too old.) `vulkaninfo --summary` should then list llvmpipe."
 )
+_COMMON = dict(num_envs=1, sim_backend="physx_cpu", render_mode=None, reward_mode="none")
+# A task names its scene in env_options: how the robot, the camera and the start of an episode are found.
+SCENES = {"table": "stare_jax.sims.maniskill:ManiSkill", "bridge": "stare_jax.sims.bridge:Bridge"}
+
+
+def make(*, env_options: dict[str, Any], **spec: Any) -> ManiSkill:
+  """The environment of a task's scene: `ManiSkill` unless its options name another of `SCENES`."""
+  options = dict(env_options)
+  scene = options.pop("scene", "table")
+  if scene not in SCENES:
+    raise SimulatorError(f"unknown scene {scene!r} in the task's env_options: known are {', '.join(SCENES)}")
+  return load(SCENES[scene])(env_options=options, **spec)
 
 
 class ManiSkill:
   """A `pool.Environment` over one `physx_cpu` ManiSkill environment with a fixed camera."""
+
+  ROBOT_ASSETS: tuple[str, ...] = ()  # ManiSkill's names of what the robot needs downloaded; the Panda is part of it
 
   def __init__(
     self,
@@ -47,6 +61,7 @@ class ManiSkill:
     mesh_ratio: float | None = 0.1,
     shader: str = "minimal",
     render_backend: str = "cpu",
+    draw: bool = True,
   ):
     """Builds the environment and draws once, so that a process that is ready is warm.
 
@@ -59,32 +74,39 @@ class ManiSkill:
       mesh_ratio: share of the robot's visual triangles that is kept; None draws ManiSkill's own meshes.
       shader: SAPIEN's shader pack. The packs differ in the background's colour: never mix two in one data set.
       render_backend: "cpu" or "gpu".
+      draw: False leaves every image black, for statistics of experts, which see signals alone.
     """
     warnings.filterwarnings("ignore")  # about a missing GPU and time limits that we do not use
     logging.getLogger("mani_skill").setLevel(logging.ERROR)
     self._env_id = env_id
-    options = _options(camera, image_size, shader, render_backend) | env_options
+    self._image_size, self._lite, self._draw = image_size, mesh_ratio is not None, draw
+    options = self._arguments(camera, shader) | dict(render_backend=render_backend) | env_options
     self._show_goal = options.pop("show_goal", True)
-    self._env = _build(env_id, options, mesh_ratio)
+    self._env = _build(env_id, options, mesh_ratio, self.ROBOT_ASSETS)
     self._object_name, self._goal_name = actors
     self._seed, self._actions = 0, []
     self._bind()
     self.reset(0)
-    self._picture()
+    if draw:
+      self._picture()
 
   def reset(self, seed: int) -> None:
     """The initial state that `seed` names, in a physics scene without a past."""
     self._seed, self._actions = seed, []
     if self._env.reconfiguration_freq == 0:
       self._move_to_new_scene()
-      self._env.reset(seed=seed)
+      self._env.reset(seed=seed, options=self._start(seed))
       self._wake()
     else:  # the environment builds its own geometry anew anyway
-      self._env.reset(seed=seed, options=dict(reconfigure=True))
+      self._env.reset(seed=seed, options=self._start(seed) | dict(reconfigure=True))
       self._bind()
 
+  def _start(self, seed: int) -> dict[str, Any]:
+    """The environment's own options for the episode of `seed`."""
+    return {}
+
   def step(self, action: np.ndarray) -> None:
-    """One control step: float32[D] in [-1, 1]."""
+    """One control step: float32[D] in the units of the task's controller."""
     self._actions.append(action)
     self._env._elapsed_steps += 1
     self._set_action(action)
@@ -92,7 +114,7 @@ class ManiSkill:
 
   def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
     """Draws into uint8[H, W, 3] and writes float32[S]."""
-    image[...] = self._picture()
+    image[...] = self._picture() if self._draw else 0
     signals[...] = self._signals()
 
   def snapshot(self) -> bytes:
@@ -124,6 +146,20 @@ class ManiSkill:
 
   # --------------------------------------------------------------------------------------------------- the scene
 
+  def _arguments(self, camera: tuple[Any, Any, float] | None, shader: str) -> dict[str, Any]:
+    """Arguments of gym.make; a task's own come on top."""
+    sensor: dict[str, Any] = dict(width=self._image_size, height=self._image_size, shader_pack=shader)
+    if camera is not None:
+      import sapien
+      from mani_skill.utils import sapien_utils
+
+      eye, target, fov = camera
+      pose = sapien_utils.look_at(eye, target).raw_pose[0].numpy()
+      sensor |= dict(pose=sapien.Pose(pose[:3], pose[3:]), fov=fov)
+    return _COMMON | dict(
+      obs_mode="none", robot_uids="panda", control_mode="pd_ee_delta_pose", sensor_configs=sensor
+    )
+
   def _bind(self) -> None:
     """Looks up the SAPIEN objects behind the signals; once after every reconfiguration."""
     env = self._env
@@ -135,7 +171,7 @@ class ManiSkill:
     self._object = self._actor(self._object_name)
     self._goal = self._actor(self._goal_name) if self._goal_name else None
     self._robot = agent.robot._objs[0]
-    self._tcp = agent.tcp._objs[0].entity
+    self._tcp = self._tool_link(agent)._objs[0].entity
     self._fingers = (agent.finger1_link._objs[0].entity, agent.finger2_link._objs[0].entity)
     self._body = self._object._bodies[0]
     (sensor,) = env._sensors.values()
@@ -144,6 +180,10 @@ class ManiSkill:
     self._arm = _Arm.of(controllers.get("arm")) if list(controllers) == ["arm", "gripper"] else None
     self._gripper = controllers.get("gripper")
     agent.is_grasping = self._is_grasping  # `evaluate` asks it too: ours reads the contacts once, without torch
+
+  def _tool_link(self, agent: Any) -> Any:
+    """The link whose frame lies between the fingertips."""
+    return agent.tcp
 
   def _actor(self, name: str) -> Any:
     try:
@@ -215,8 +255,8 @@ class ManiSkill:
       object_pose=_pose(body.entity),
       goal_pose=np.zeros(7) if self._goal is None else _pose(self._goal._bodies[0].entity),
       object_velocity=np.concatenate([body.linear_velocity, body.angular_velocity]),
-      qpos=robot.get_qpos(),
-      qvel=robot.get_qvel(),
+      qpos=_joints(robot.get_qpos()),
+      qvel=_joints(robot.get_qvel()),
       finger_force=[np.linalg.norm(self._force(finger, body.entity)) for finger in self._fingers],
       grasped=self._is_grasping(self._object).numpy(),
       success=self._env.evaluate()["success"].numpy(),
@@ -375,35 +415,18 @@ def _torch() -> Any:
   return torch
 
 
+def _joints(values: np.ndarray) -> np.ndarray:
+  """float32[9]: zeros between the arm's joints, where they are fewer than the Panda's seven, and the two fingers'."""
+  arm, fingers = values[:-2], values[-2:]
+  return np.concatenate([arm, np.zeros(7 - len(arm), values.dtype), fingers])
+
+
 def _pose(entity: Any) -> np.ndarray:
   pose = entity.pose
   return np.concatenate([pose.p, pose.q])
 
 
-def _options(camera: tuple[Any, Any, float] | None, image_size: int, shader: str, render_backend: str) -> dict:
-  """Arguments of gym.make; a task's own come on top."""
-  sensor: dict[str, Any] = dict(width=image_size, height=image_size, shader_pack=shader)
-  if camera is not None:
-    import sapien
-    from mani_skill.utils import sapien_utils
-
-    eye, target, fov = camera
-    pose = sapien_utils.look_at(eye, target).raw_pose[0].numpy()
-    sensor |= dict(pose=sapien.Pose(pose[:3], pose[3:]), fov=fov)
-  return dict(
-    num_envs=1,
-    sim_backend="physx_cpu",
-    render_backend=render_backend,
-    render_mode=None,
-    obs_mode="none",
-    reward_mode="none",
-    robot_uids="panda",
-    control_mode="pd_ee_delta_pose",
-    sensor_configs=sensor,
-  )
-
-
-def _build(env_id: str, options: dict[str, Any], mesh_ratio: float | None) -> Any:
+def _build(env_id: str, options: dict[str, Any], mesh_ratio: float | None, robot_assets: tuple[str, ...]) -> Any:
   """The bare environment: no time limit, no wrappers."""
   _torch().set_num_threads(1)
   import gymnasium
@@ -413,6 +436,7 @@ def _build(env_id: str, options: dict[str, Any], mesh_ratio: float | None) -> An
     from stare_jax.sims import lite
 
     lite.enable(mesh_ratio)
+  check_assets(env_id, robot_assets)
   try:
     return gymnasium.make(env_id, **options).unwrapped
   except RuntimeError as error:
@@ -420,3 +444,22 @@ def _build(env_id: str, options: dict[str, Any], mesh_ratio: float | None) -> An
     if any(word in text for word in ("rendering device", "vulkan", "vk::", "physical device")):
       raise SimulatorError(f"{_NO_DEVICE}\n(SAPIEN said: {error})") from error
     raise
+
+
+def check_assets(env_id: str, robot: tuple[str, ...] = ()) -> None:
+  """Raises where assets of an environment or its robot are missing, instead of ManiSkill's question on the terminal."""
+  from mani_skill import ASSET_DIR
+  from mani_skill.utils import assets
+  from mani_skill.utils.registration import REGISTERED_ENVS
+
+  needed = REGISTERED_ENVS[env_id].asset_download_ids if env_id in REGISTERED_ENVS else ()
+  missing = []
+  for name in (*(needed or ()), *robot):
+    parts = assets.expand_data_group_into_individual_data_source_ids(name) if name in assets.DATA_GROUPS else [name]
+    missing += [part for part in parts if not assets.is_data_source_downloaded(part)]
+  if missing:
+    commands = "\n".join(f"  python -m mani_skill.utils.download_asset {name} -y" for name in missing)
+    raise SimulatorError(
+      f"{env_id} needs assets that are not under {ASSET_DIR}: {', '.join(missing)}. Download them once with\n"
+      f"{commands}\nor set MS_ASSET_DIR to the folder whose data/ holds them."
+    )

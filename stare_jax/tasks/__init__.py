@@ -24,6 +24,10 @@ REGISTRY: dict[str, str] = {
   "place_sphere": "stare_jax.tasks.pick_place:PLACE_SPHERE",
   "lift_peg_upright": "stare_jax.tasks.lift_peg:LIFT_PEG_UPRIGHT",
   "poke_cube": "stare_jax.tasks.poke_cube:POKE_CUBE",
+  "put_carrot_on_plate": "stare_jax.tasks.bridge:PUT_CARROT_ON_PLATE",
+  "put_spoon_on_towel": "stare_jax.tasks.bridge:PUT_SPOON_ON_TOWEL",
+  "stack_green_on_yellow": "stare_jax.tasks.bridge:STACK_GREEN_ON_YELLOW",
+  "put_eggplant_in_basket": "stare_jax.tasks.bridge:PUT_EGGPLANT_IN_BASKET",
 }
 
 # The controller that the experts and the policies drive: see `experts.Controller` for what its action means.
@@ -34,7 +38,7 @@ class Expert(Protocol):
   """A feedback controller for one episode of one environment; a new object is made for every episode."""
 
   def act(self, signals: Signals) -> np.ndarray:
-    """Unbatched signals of the current state -> float32[7] in [-1, 1]."""
+    """Unbatched signals of the current state -> float32[7] in the units of the task's controller."""
     ...
 
 
@@ -83,10 +87,14 @@ class Task:
     actors: which of the environment's actors are the object and the goal.
     expert: (rng, noise) -> Expert; noise is the standard deviation added to the six motion dimensions.
     camera: opposite the robot, 45 degrees down. It frames the workspace with the goal and no more, because images are
-      small: 4 cm are 4 to 6 pixels of 64.
+      small: 4 cm are 4 to 6 pixels of 64. None: the environment's own.
     horizon: control steps after which an episode is cut.
-    env_options: further arguments of the environment. `show_goal` is the simulator's own: draw the goal marker that
-      the environment hides from its cameras.
+    control_hz: control steps per second.
+    starts: how many start states were published to evaluate on; seeds 0 to starts - 1 name them, and any other seed
+      another start. None: there are none, and every seed is as good.
+    unit: the translation that noise of 1 stands for, in the action's own units: 1 where actions lie in [-1, 1].
+    env_options: further arguments of the environment. `scene` and `show_goal` are the simulator's own: which kind of
+      scene it is, and to draw the goal marker that the environment hides from its cameras.
   """
 
   name: str
@@ -95,8 +103,11 @@ class Task:
   stages: tuple[Stage, ...]
   actors: Actors
   expert: Callable[[np.random.Generator, float], Expert]
-  camera: Camera = Camera(eye=(0.74, 0.0, 0.83), target=(-0.04, 0.0, 0.05), fov=0.5)
+  camera: Camera | None = Camera(eye=(0.74, 0.0, 0.83), target=(-0.04, 0.0, 0.05), fov=0.5)
   horizon: int = 50
+  control_hz: int = 20
+  starts: int | None = None
+  unit: float = 1.0
   env_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(PANDA))
 
   def __post_init__(self):

@@ -1,0 +1,153 @@
+"""The SimplerEnv scenes of ManiSkill3: a WidowX on the Bridge data set's tables, seen through a photograph.
+
+What differs from the table-top scenes: the tool is the link between the fingers, the two objects are found by role,
+the camera is the data set's own, and everything but the robot and the objects is replaced by a photograph of the real
+table ("green screen"). An episode's seed decodes to its whole start state, see `Bridge.starts`. Runs in the worker.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from stare_jax.sims.maniskill import _COMMON, ManiSkill
+
+_CAMERA = "3rd_view_camera"
+FRAME = (640, 480)  # width and height of the data set's frames, pixels
+FULL_FROM = 224  # pixels; from this image size on the frame is drawn whole and then resized, as OpenVLA was trained
+_INTRINSICS = np.array([[623.588, 0, 319.501], [0, 623.588, 239.545], [0, 0, 1]])  # of a frame of FRAME
+
+
+class Bridge(ManiSkill):
+  """A `pool.Environment` over one SimplerEnv scene.
+
+  Options of a task's env_options beside ManiSkill's own:
+    jitter: (metres of the object, radians about the vertical, metres of the target); how far the starts that are not
+      the published ones lie from them at most.
+  """
+
+  ROBOT_ASSETS = ("widowx250s",)
+
+  def __init__(self, *, env_options: dict[str, Any], image_size: int, **options: Any):
+    env_options = dict(env_options)
+    self._jitter = env_options.pop("jitter")
+    self._frame = FRAME if image_size >= FULL_FROM else (2 * image_size, 2 * image_size)
+    self._published: tuple[np.ndarray, np.ndarray] | None = None
+    super().__init__(env_options=env_options, image_size=image_size, **options)
+
+  def starts(self) -> tuple[np.ndarray, np.ndarray]:
+    """The published start states: positions float64[n, 2, 3] and quaternions float64[n, 2, 4] of object and target.
+
+    In ManiSkill's order, in which the orientation varies fastest: start i is positions i // orientations and
+    orientation i % orientations.
+    """
+    if self._published is None:
+      places, turns = (np.asarray(x, np.float64) for x in (self._env.xyz_configs, self._env.quat_configs))
+      self._published = np.repeat(places, len(turns), axis=0), np.tile(turns, (len(places), 1, 1))
+    return self._published
+
+  def _start(self, seed: int) -> dict[str, Any]:
+    """Seeds below the number of published starts are those; any other one is a published start, displaced by chance.
+
+    The environment reads its start from a table by episode id; it is given a table of this one start.
+    """
+    import torch
+
+    places, turns = self.starts()
+    index = seed % len(places)
+    place, turn = places[index].copy(), turns[index].copy()
+    if seed >= len(places):
+      rng, (near, angle, near_target) = np.random.default_rng(seed), self._jitter
+      place[0, :2] += rng.uniform(-near, near, 2)
+      place[1, :2] += rng.uniform(-near_target, near_target, 2)
+      turn[0] = _turned(turn[0], rng.uniform(-angle, angle))
+    self._env.xyz_configs = torch.tensor(place[None], dtype=torch.float32)
+    self._env.quat_configs = torch.tensor(turn[None], dtype=torch.float32)
+    return dict(episode_id=torch.tensor([0]))
+
+  def step(self, action: np.ndarray) -> None:
+    """float32[7]: metres and radians in the robot's base frame, added to the controller's target; gripper.
+
+    The gripper is open (above 0) or closed, as in the Bridge data set, whatever lies between.
+    """
+    super().step(np.append(action[:6], np.float32(1 if action[6] > 0 else -1)))
+
+  # --------------------------------------------------------------------------------------------------- the scene
+
+  def _arguments(self, camera: tuple[Any, Any, float] | None, shader: str) -> dict[str, Any]:
+    width, height = self._frame
+    scale = np.array([[width / FRAME[0]], [height / FRAME[1]], [1.0]])
+    sensor = dict(width=width, height=height, intrinsic=_INTRINSICS * scale, shader_pack=shader)
+    return _COMMON | dict(
+      obs_mode="rgb+segmentation",  # the only one that the scenes allow; `_bind` turns it off
+      control_mode="arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos",
+      sensor_configs={_CAMERA: sensor},
+    )
+
+  def _bind(self) -> None:
+    self._env._obs_mode = "none"  # a reset need not draw what nobody reads
+    super()._bind()
+    if self._lite:  # behind the photograph; nothing that is kept lies behind it
+      _undraw(self._env.scene.actors["arena"])
+    if self._draw:
+      self._background = _photograph(self._env.rgb_overlay_paths[_CAMERA], self._frame)
+
+  def _tool_link(self, agent: Any) -> Any:
+    return agent.robot.links_map["ee_gripper_link"]
+
+  def _actor(self, name: str) -> Any:
+    roles = {"source": self._env.source_obj_name, "target": self._env.target_obj_name}
+    return self._env.objs[roles[name]]
+
+  # ------------------------------------------------------------------------------------------------ what it shows
+
+  def _picture(self) -> np.ndarray:
+    frame = super()._picture()
+    shown = np.isin(self._labels(), self._kept())
+    return _resized(np.where(shown[..., None], frame, self._background), self._image_size)
+
+  def _labels(self) -> np.ndarray:
+    """int[H, W]: which entity each pixel of the last picture shows."""
+    names = self._camera.get_picture_names()
+    if "PositionSegmentation" in names:  # the minimal shader's
+      return self._camera.get_picture("PositionSegmentation")[..., 3]
+    return self._camera.get_picture("Segmentation")[..., 1]
+
+  def _kept(self) -> list[int]:
+    """Labels of what the photograph does not replace; an entity gets a new one in every new scene."""
+    links = [link._objs[0].entity for link in self._env.agent.robot.get_links()]
+    objects = [self._env.objs[name]._objs[0] for name in self._env.objects_excluded_from_greenscreening]
+    return [entity.per_scene_id for entity in (*links, *objects)]
+
+
+def _turned(quaternion: np.ndarray, angle: float) -> np.ndarray:
+  """float64[4]: wxyz, turned by `angle` radians about the vertical."""
+  w, x, y, z = quaternion
+  c, s = np.cos(angle / 2), np.sin(angle / 2)
+  return np.array([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w])
+
+
+def _photograph(path: str, frame: tuple[int, int]) -> np.ndarray:
+  """uint8[H, W, 3]: the real scene, in the size of the frame."""
+  import cv2
+
+  image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+  smaller = frame[0] < image.shape[1]
+  return cv2.resize(image, frame, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+
+
+def _resized(frame: np.ndarray, size: int) -> np.ndarray:
+  """uint8[size, size, 3]: Lanczos over three lobes with antialiasing, ignoring the aspect ratio."""
+  from PIL import Image
+
+  return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _undraw(actor: Any) -> None:
+  import sapien
+
+  for entity in actor._objs:
+    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    if body is not None:
+      body.visibility = 0
