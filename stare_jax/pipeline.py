@@ -39,7 +39,7 @@ from stare_jax import (
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.losses import ops
-from stare_jax.pipeline_check import check
+from stare_jax.pipeline_check import check, resolved
 from stare_jax.pipeline_interaction import interaction
 from stare_jax.pipeline_run import (
   Run,
@@ -170,6 +170,13 @@ def preference(run: Run) -> Any:
 # --- evaluation and the run -------------------------------------------------------------------------------------
 
 
+def evaluation_starts(task: Any, episodes: int, seed: int) -> list[Start]:
+  """The published starts of a task, over and over with other samples; of a task without any, seeds from `seed` on."""
+  if task.starts is None:
+    return [Start(seed + i) for i in range(episodes)]
+  return [Start(i % task.starts, i // task.starts) for i in range(episodes)]
+
+
 def evaluation(run: Run, label: str, params: Any) -> dict:
   """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters."""
   c = run.config.evaluation
@@ -180,7 +187,7 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   digest = checkpoint.config_digest(fields)
   if found := pipeline_together.evaluated(run.workdir / "evaluations" / f"{label}.json", digest):
     return found
-  began, starts = time.monotonic(), [Start(c.seed + i) for i in range(c.episodes)]
+  began, starts = time.monotonic(), evaluation_starts(run.task, c.episodes, c.seed)
   here = len(pipeline_together.share(starts))
   with report.Progress(f"{label} evaluation", here, unit="episode", quiet=not processes.first()) as bar:
     collector = run.collector(run.actor(params, "evaluation", c.temperature), progress=bar, stop_on_success=False)
@@ -200,9 +207,10 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   for index, i in enumerate(picked):
     item = staged[i]
     report.write_sample(
-      run.workdir, label=label, index=index, frames=frames[i], fps=10.0, task=run.task.name,
-      seed=item.episode.seed, success=bool(item.episode.success[1:].any()), stages=names, stage_id=item.stage_id,
-      completed_at=item.completed_at, potential=item.potential, instruction=run.task.instruction,
+      run.workdir, label=label, index=index, frames=frames[i], fps=run.task.control_hz / 2,
+      task=run.task.name, seed=item.episode.seed, success=bool(item.episode.success[1:].any()), stages=names,
+      stage_id=item.stage_id, completed_at=item.completed_at, potential=item.potential,
+      instruction=run.task.instruction,
     )  # fmt: skip
   report.write_evaluation(run.workdir, result)
   return result
@@ -221,6 +229,7 @@ def run(
     NonFiniteError: an update was refused; the last checkpoint is intact.
     Stop: `stop()` became true; a checkpoint was written, and the same command continues from it.
   """
+  config = resolved(config)
   check(config, workdir)
   this = Run(config, workdir, stop=stop)
   open_folder(this)

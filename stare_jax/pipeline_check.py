@@ -11,11 +11,28 @@ from stare_jax import losses, sims, tasks
 from stare_jax.config import ConfigError, suggest, validate
 
 
+def resolved(config: Any) -> Any:
+  """The configuration with what it leaves to the task filled in: what a run does, and what its folder records.
+
+  `sim.horizon` = 0 becomes the task's horizon and `preference.buckets` = () the one bucket that
+  holds every part of an episode that is compared.
+  """
+  if config.task not in tasks.names():  # `check` says so
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.sim.horizon = config.sim.horizon or tasks.get(config.task).horizon
+    longest = config.preference.tail or config.sim.horizon
+    config.preference.buckets = tuple(config.preference.buckets) or (longest,)
+  return config
+
+
 def check(config: Any, workdir: str | os.PathLike) -> None:
   """Raises ConfigError where this configuration cannot run, or not in this folder. Imports no jax.
 
   The folder is made if it is not there yet, once nothing is wrong with the configuration.
   """
+  config = resolved(config)
   validate(config, tasks.names)
   tasks.get(config.task)
   sims.resolve(config.sim.name)

@@ -16,6 +16,11 @@ import sys
 import numpy as np
 import pytest
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What ManiSkill downloads, where it lies beside the checkout: read by every simulator worker that starts.
+if (ROOT.parent / "shared" / "assets" / "data").is_dir():
+  os.environ.setdefault("MS_ASSET_DIR", str(ROOT.parent / "shared" / "assets"))
+
 # Before anything imports jax: both are read once. A pytest-xdist worker inherits what its controller set here, so the
 # user's own settings travel beside them.
 FAKE_DEVICES = "--xla_force_host_platform_device_count=8"
@@ -29,7 +34,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE_DEVICES}".strip()
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -56,6 +60,13 @@ def why_no_simulator() -> str:
   return ""
 
 
+def why_no_assets() -> str:
+  """Empty when the WidowX and its scenes are here."""
+  folder = pathlib.Path(os.environ.get("MS_ASSET_DIR") or pathlib.Path.home() / ".maniskill") / "data"
+  missing = [name for name in ("robots/widowx", "tasks/bridge_v2_real2sim_dataset") if not (folder / name).is_dir()]
+  return f"{folder} has no {' and no '.join(missing)}; set MS_ASSET_DIR" if missing else ""
+
+
 def why_no_accelerator() -> str:
   """Empty when JAX runs on something other than the CPU."""
   import jax
@@ -68,7 +79,7 @@ def why_no_browser() -> str:
   return "" if any(map(shutil.which, BROWSERS)) else f"none of {', '.join(BROWSERS)} is on the path"
 
 
-NEEDS = {"sim": why_no_simulator, "gpu": why_no_accelerator, "browser": why_no_browser}
+NEEDS = {"sim": why_no_simulator, "assets": why_no_assets, "gpu": why_no_accelerator, "browser": why_no_browser}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -7,6 +7,7 @@ import pytest
 from configs import ipi
 from stare_jax import tasks
 from stare_jax.config import ConfigError, parse_arg, suggest, validate
+from stare_jax.pipeline_check import resolved
 from tests import toy_run
 
 
@@ -44,7 +45,18 @@ def test_suggest_lists_what_is_known():
 @pytest.mark.parametrize("preset", ipi.PRESETS)
 @pytest.mark.parametrize("task", tasks.names())
 def test_every_preset_is_valid_for_every_task(preset, task):
-  validate(ipi.get_config(f"{preset},task={task}"), tasks.names)
+  config = resolved(ipi.get_config(f"{preset},task={task}"))
+  validate(config, tasks.names)
+  assert config.sim.horizon == tasks.get(task).horizon and config.preference.buckets == (config.preference.tail,)
+  assert config.is_locked
+
+
+def test_what_the_user_says_about_the_horizon_stands():
+  config = ipi.get_config("task=put_eggplant_in_basket")
+  config.sim.horizon, config.preference.tail = 70, 0
+  assert resolved(config).sim.horizon == 70 and resolved(config).preference.buckets == (70,)
+  config.preference.buckets = (40, 80)
+  assert resolved(config).preference.buckets == (40, 80) and config.sim.horizon == 70
 
 
 def test_a_config_is_locked():

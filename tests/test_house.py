@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 HEAVY = ("torch", "mani_skill", "transformers", "sapien", "gymnasium")  # the simulator's side, and anything as slow
 LIGHT_ROOMS = ("losses", "stages", "tasks", "policies", "episode", "batching", "dataset", "config", "evaluate", "sims")
-SIMULATOR_SIDE = ("stare_jax/sims/maniskill.py", "stare_jax/sims/lite.py")  # worker processes only
+# Worker processes only.
+SIMULATOR_SIDE = ("stare_jax/sims/maniskill.py", "stare_jax/sims/bridge.py", "stare_jax/sims/lite.py")
 
 # Put together from pieces, so that this file does not contain what it looks for.
 MACHINE_PATHS = re.compile("|".join((

@@ -9,14 +9,17 @@ import sys
 
 import pytest
 
-from stare_jax import checkpoint
+from stare_jax import checkpoint, tasks
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(1200)]
 PHASES = ("imitation", "preference", "interaction")
 
 
-def smoke(workdir: pathlib.Path, env: dict[str, str], root: pathlib.Path) -> str:
-  command = [sys.executable, "-m", "stare_jax.main", "--config=configs/ipi.py:smoke", f"--workdir={workdir}"]
+BRIDGE = ("put_carrot_on_plate", "put_spoon_on_towel", "stack_green_on_yellow", "put_eggplant_in_basket")
+
+
+def smoke(workdir: pathlib.Path, env: dict[str, str], root: pathlib.Path, arg: str = "smoke") -> str:
+  command = [sys.executable, "-m", "stare_jax.main", f"--config=configs/ipi.py:{arg}", f"--workdir={workdir}"]
   done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr
   return done.stdout + done.stderr
@@ -55,3 +58,19 @@ def test_smoke_twice_gives_the_same_parameters(tmp_path, user_environment, root)
     smoke(tmp_path / name, user_environment, root)
   first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "second"))
   assert first["params_sha256"] == second["params_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+@pytest.mark.parametrize("name", BRIDGE)
+def test_smoke_of_a_scene_takes_what_it_needs_from_the_task(name, tmp_path, user_environment, root):
+  """No setting but the task's name: horizon, buckets and the evaluation's starts are the task's own."""
+  smoke(tmp_path / "run", user_environment, root, f"smoke,task={name}")
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  task = tasks.get(name)
+  assert summary["task"] == name and set(summary["phases"]) == set(PHASES) and summary["simulator_events"] == []
+  assert summary["config"]["sim"]["horizon"] == task.horizon
+  assert summary["config"]["preference"]["buckets"] == [task.horizon]
+  figures = summary["phases"]["interaction"]
+  assert figures["seeds"] == [0, 7] and figures["max_length"] == task.horizon
+  assert [stage["name"] for stage in figures["stages"]] == ["Reach", "Grasp", "Transport", "Place"]

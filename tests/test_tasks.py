@@ -16,6 +16,7 @@ NAMES = tasks.names()
 BASIC = ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright")
 PICK_AND_PLACE = ("pick_cube", "stack_cube", "place_sphere")
 CONTACT = {"push_cube": "Push", "pull_cube": "Pull"}
+BRIDGE = ("put_carrot_on_plate", "put_spoon_on_towel", "stack_green_on_yellow", "put_eggplant_in_basket")
 
 
 def quaternion(axis, angle: float) -> np.ndarray:
@@ -58,9 +59,14 @@ def words(task: tasks.Task):
 @pytest.mark.parametrize("name", NAMES)
 def test_registry(name):
   task = tasks.get(name)
-  assert task.name == name and task.instruction == task.instruction.lower().strip() and task.horizon == 50
+  assert task.name == name and task.instruction == task.instruction.lower().strip()
   assert tasks.get(name) is task and pickle.loads(pickle.dumps(task)) is task
-  assert task.env_options["control_mode"] == "pd_ee_delta_pose" and task.env_options["robot_uids"] == "panda"
+  if name in BRIDGE:
+    assert task.env_options["scene"] == "bridge" and task.control_hz == 5 and task.unit == 0.035
+    assert (task.horizon, task.starts) == ((120, 64) if name == "put_eggplant_in_basket" else (60, 24))
+  else:
+    assert task.env_options["control_mode"] == "pd_ee_delta_pose" and task.env_options["robot_uids"] == "panda"
+    assert (task.horizon, task.control_hz, task.starts, task.unit) == (50, 20, None, 1.0)
   assert hash(task) is not None
 
 
@@ -70,6 +76,8 @@ def test_stage_names():
     expected += ["Transport", "Place"] if name in PICK_AND_PLACE else []
     expected += ["Upright"] if name == "lift_peg_upright" else []
     assert [stage.name for stage in tasks.get(name).stages] == expected
+  for name in BRIDGE:
+    assert [stage.name for stage in tasks.get(name).stages] == ["Reach", "Grasp", "Transport", "Place"]
 
 
 @pytest.mark.parametrize(
@@ -397,8 +405,11 @@ def test_goto_reaches_its_target():
 # ---- in the simulator
 
 
+SCENES = [pytest.param(name, marks=[pytest.mark.assets, pytest.mark.slow] if name in BRIDGE else []) for name in NAMES]
+
+
 @pytest.mark.sim
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCENES)
 def test_experts_in_the_simulator(name):
   """From fresh starts every expert succeeds within the horizon and completes every stage, in order."""
   from stare_jax import sims

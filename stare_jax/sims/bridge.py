@@ -28,6 +28,7 @@ class Bridge(ManiSkill):
   """
 
   ROBOT_ASSETS = ("widowx250s",)
+  SETTLES = True
 
   def __init__(self, *, env_options: dict[str, Any], image_size: int, **options: Any):
     env_options = dict(env_options)
@@ -54,14 +55,7 @@ class Bridge(ManiSkill):
     """
     import torch
 
-    places, turns = self.starts()
-    index = seed % len(places)
-    place, turn = places[index].copy(), turns[index].copy()
-    if seed >= len(places):
-      rng, (near, angle, near_target) = np.random.default_rng(seed), self._jitter
-      place[0, :2] += rng.uniform(-near, near, 2)
-      place[1, :2] += rng.uniform(-near_target, near_target, 2)
-      turn[0] = _turned(turn[0], rng.uniform(-angle, angle))
+    place, turn = decode(seed, *self.starts(), self._jitter)
     self._env.xyz_configs = torch.tensor(place[None], dtype=torch.float32)
     self._env.quat_configs = torch.tensor(turn[None], dtype=torch.float32)
     return dict(episode_id=torch.tensor([0]))
@@ -103,9 +97,17 @@ class Bridge(ManiSkill):
   # ------------------------------------------------------------------------------------------------ what it shows
 
   def _picture(self) -> np.ndarray:
-    frame = super()._picture()
-    shown = np.isin(self._labels(), self._kept())
-    return _resized(np.where(shown[..., None], frame, self._background), self._image_size)
+    return _resized(self._composed(), self._image_size)
+
+  def _composed(self) -> np.ndarray:
+    """uint8[H, W, 3]: the robot and the objects before the photograph, in the size of the frame."""
+    drawn = super()._picture()
+    kept = np.zeros(np.iinfo(np.uint16).max + 1, bool)
+    kept[self._kept()] = True
+    shown = kept[self._labels()]
+    frame = self._background.copy()
+    frame[shown] = drawn[shown]
+    return frame
 
   def _labels(self) -> np.ndarray:
     """int[H, W]: which entity each pixel of the last picture shows."""
@@ -121,8 +123,27 @@ class Bridge(ManiSkill):
     return [entity.per_scene_id for entity in (*links, *objects)]
 
 
+def decode(
+  seed: int, places: np.ndarray, turns: np.ndarray, jitter: tuple[float, float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+  """The start state of a seed: positions float64[2, 3] and quaternions float64[2, 4] of object and target.
+
+  Args:
+    places, turns: the published starts, as `Bridge.starts` gives them.
+    jitter: see `Bridge`; seeds from the number of published starts on are start seed % n, displaced by chance.
+  """
+  index = seed % len(places)
+  place, turn = places[index].copy(), turns[index].copy()
+  if seed >= len(places):
+    rng, (near, angle, near_target) = np.random.default_rng(seed), jitter
+    place[0, :2] += rng.uniform(-near, near, 2)
+    place[1, :2] += rng.uniform(-near_target, near_target, 2)
+    turn[0] = _turned(turn[0], rng.uniform(-angle, angle))
+  return place, turn
+
+
 def _turned(quaternion: np.ndarray, angle: float) -> np.ndarray:
-  """float64[4]: wxyz, turned by `angle` radians about the vertical."""
+  """float64[4] of a quaternion wxyz, turned by `angle` radians about the vertical."""
   w, x, y, z = quaternion
   c, s = np.cos(angle / 2), np.sin(angle / 2)
   return np.array([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w])

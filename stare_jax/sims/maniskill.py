@@ -49,6 +49,7 @@ class ManiSkill:
   """A `pool.Environment` over one `physx_cpu` ManiSkill environment with a fixed camera."""
 
   ROBOT_ASSETS: tuple[str, ...] = ()  # ManiSkill's names of what the robot needs downloaded; the Panda is part of it
+  SETTLES = False  # the environment's own reset runs physics steps, which a body must not sleep through
 
   def __init__(
     self,
@@ -95,8 +96,11 @@ class ManiSkill:
     self._seed, self._actions = seed, []
     if self._env.reconfiguration_freq == 0:
       self._move_to_new_scene()
+      if self.SETTLES:
+        self._wake()
       self._env.reset(seed=seed, options=self._start(seed))
-      self._wake()
+      if not self.SETTLES:
+        self._wake()
     else:  # the environment builds its own geometry anew anyway
       self._env.reset(seed=seed, options=self._start(seed) | dict(reconfigure=True))
       self._bind()
@@ -179,6 +183,7 @@ class ManiSkill:
     controllers = getattr(agent.controller, "controllers", {})
     self._arm = _Arm.of(controllers.get("arm")) if list(controllers) == ["arm", "gripper"] else None
     self._gripper = controllers.get("gripper")
+    self._bare = _bare(env, controllers)
     agent.is_grasping = self._is_grasping  # `evaluate` asks it too: ours reads the contacts once, without torch
 
   def _tool_link(self, agent: Any) -> Any:
@@ -231,6 +236,12 @@ class ManiSkill:
     """The physics substeps of one control step, with the environment's own hooks around them (as `_step_action`)."""
     env = self._env
     env._before_control_step()
+    if self._bare:
+      step = env.scene.px.step
+      for _ in range(env._sim_steps_per_control):
+        step()
+      env._after_control_step()
+      return
     for _ in range(env._sim_steps_per_control):
       env.agent.before_simulation_step()
       env._before_simulation_step()
@@ -294,6 +305,18 @@ class ManiSkill:
   def _state(self) -> np.ndarray:
     """float32[...]: poses and velocities of every actor and joint, ManiSkill's flat state."""
     return self._env.get_state()[0].numpy().copy()
+
+
+def _bare(env: Any, controllers: dict[str, Any]) -> bool:
+  """Nothing happens between two physics steps: no hook of the environment's, no controller that interpolates.
+
+  A WidowX takes 100 physics steps per control step, and calling what does nothing takes longer than they do.
+  """
+  from mani_skill.envs.sapien_env import BaseEnv
+
+  hooks = ("_before_simulation_step", "_after_simulation_step")
+  own = any(getattr(type(env), name) is not getattr(BaseEnv, name) for name in hooks)
+  return not own and all(not getattr(x.config, "interpolate", True) for x in controllers.values()) and bool(controllers)
 
 
 class _Arm:

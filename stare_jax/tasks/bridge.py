@@ -67,7 +67,7 @@ def scripted(plan: experts.Plan) -> Callable[[np.random.Generator, float], Widow
 
 
 def pointing_down(closing: np.ndarray) -> np.ndarray:
-  """Tool rotation with the hand vertical and the fingers closing along `closing` (x, y); x is the approach, y closes."""
+  """Tool rotation with the hand vertical and the fingers closing along `closing` (x, y): the tool's x and y axes."""
   approach = np.array([0.0, 0.0, -1.0])
   across = np.array([closing[0], closing[1], 0.0]) / np.linalg.norm(closing[:2])
   return np.stack([approach, across, np.cross(approach, across)], axis=1)
@@ -112,7 +112,7 @@ def pick_and_place(
 
 
 def _stages(rest: float, d_goal: float) -> tuple[Stage, ...]:
-  """`rest` is the height of the object's centre over the target's when it lies there; it has arrived within `d_goal`."""
+  """`rest`: height of the object's centre over the target's when it lies there; within `d_goal` of that it arrived."""
   place = rules.shifted(rules.goal, (0, 0, rest))
   arrived = rules.at_goal(d_goal, place, axes="xy")
   touching = rules.any_of(rules.near(rules.tool, rules.thing, REACH), rules.grasped)
@@ -144,7 +144,7 @@ PUT_CARROT_ON_PLATE = _task(
   "put_carrot_on_plate",
   env_id="PutCarrotOnPlateInScene-v1",
   instruction="put carrot on plate",
-  stages=_stages(rest=0.02, d_goal=0.03),
+  stages=_stages(rest=0.024, d_goal=0.03),
   plan=pick_and_place(lower=0.004, above=0.022),
   starts=24,
 )
@@ -153,7 +153,7 @@ PUT_SPOON_ON_TOWEL = _task(
   "put_spoon_on_towel",
   env_id="PutSpoonOnTableClothInScene-v1",
   instruction="put the spoon on the towel",
-  stages=_stages(rest=0.01, d_goal=0.03),
+  stages=_stages(rest=0.014, d_goal=0.03),
   plan=pick_and_place(along=0.01, above=0.018),
   starts=24,
 )
@@ -171,7 +171,7 @@ PUT_EGGPLANT_IN_BASKET = _task(
   "put_eggplant_in_basket",
   env_id="PutEggplantInBasketScene-v1",
   instruction="put eggplant into yellow basket",
-  stages=_stages(rest=0.02, d_goal=0.04),
+  stages=_stages(rest=0.017, d_goal=0.04),
   plan=pick_and_place(lift=0.12, above=0.06),
   starts=64,
   horizon=120,
