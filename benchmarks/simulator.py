@@ -25,16 +25,22 @@ from stare_jax import sims, tasks
 _STOCK = """
 import json, sys, time, warnings; warnings.filterwarnings("ignore")
 import gymnasium as gym, mani_skill.envs, numpy as np
-env_id, size, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-env = gym.make(env_id, num_envs=1, sim_backend="physx_cpu", render_backend="cpu", robot_uids="panda", obs_mode="rgb",
-               control_mode="pd_ee_delta_pose", sensor_configs=dict(width=size, height=size))
+env_id, size, seconds, bridge, unit = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "bridge", \
+  float(sys.argv[5])
+common = dict(num_envs=1, sim_backend="physx_cpu", render_backend="cpu")
+if bridge:  # its own robot, control and camera, 640 x 480
+  env = gym.make(env_id, obs_mode="rgb+segmentation", **common)
+else:
+  env = gym.make(env_id, robot_uids="panda", obs_mode="rgb", control_mode="pd_ee_delta_pose",
+                 sensor_configs=dict(width=size, height=size), **common)
 rng = np.random.default_rng(0)
+draw = lambda: rng.uniform(-1, 1, 7).astype(np.float32) * np.float32(unit)
 env.reset(seed=0)
-for _ in range(3): env.step(rng.uniform(-1, 1, 7).astype(np.float32))
+for _ in range(3): env.step(draw())
 start, cpu, steps = time.perf_counter(), time.process_time(), 0
 while time.perf_counter() - start < seconds:
   if steps % 50 == 0: env.reset(seed=steps)
-  env.step(rng.uniform(-1, 1, 7).astype(np.float32))
+  env.step(draw())
   steps += 1
 wall = time.perf_counter() - start
 print(json.dumps(dict(steps_per_second=round(steps / wall, 1),
@@ -44,12 +50,11 @@ print(json.dumps(dict(steps_per_second=round(steps / wall, 1),
 _PARTS = """
 import json, sys, time
 import numpy as np
-from stare_jax import tasks
+from stare_jax import sims, tasks
 from stare_jax.episode import SIGNAL_SIZE
-from stare_jax.sims.maniskill import ManiSkill
+from stare_jax.sims import maniskill
 task, size, steps = tasks.get(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-env = ManiSkill(env_id=task.env_id, actors=tuple(task.actors), camera=tuple(task.camera),
-                env_options=dict(task.env_options), image_size=size)
+env = maniskill.make(**sims.spec(task, size))
 image, signals = np.zeros((size, size, 3), np.uint8), np.zeros(SIGNAL_SIZE, np.float32)
 rng, times = np.random.default_rng(0), {}
 def timed(name, call):
@@ -59,7 +64,7 @@ base = env._env
 for t in range(steps):
   if t % 25 == 0:
     timed("reset", lambda: env.reset(t))
-  action = rng.uniform(-1, 1, 7).astype(np.float32)
+  action = rng.uniform(-1, 1, 7).astype(np.float32) * np.float32(task.unit)
   timed("action", lambda: env._set_action(action))
   timed("physics", env._simulate)
   timed("picture", env._picture)
@@ -98,7 +103,7 @@ def pool(task: tasks.Task, size: int, num_workers: int, num_envs: int, seconds: 
     while time.perf_counter() - start < seconds:
       if steps % task.horizon == 0:
         sim.reset(envs, [steps + i for i in envs])
-      sim.step(envs, rng.uniform(-1, 1, (num_envs, 7)).astype(np.float32))
+      sim.step(envs, rng.uniform(-1, 1, (num_envs, 7)).astype(np.float32) * np.float32(task.unit))
       steps += 1
     wall, total = time.perf_counter() - start, steps * num_envs
     busy = cpu_seconds(sim) - cpu
@@ -115,11 +120,13 @@ def main() -> None:
   parser.add_argument("--no-stock", action="store_true", help="skip the comparison")
   arguments = parser.parse_args()
   task = tasks.get(arguments.task)
+  scene = task.env_options.get("scene", "table")
   for size in arguments.sizes:
     common = dict(task=task.name, image_size=size)
     report(what="parts", **common, **in_process(_PARTS, task.name, size, 100))
     if not arguments.no_stock:
-      report(what="stock", **common, num_workers=1, **in_process(_STOCK, task.env_id, size, arguments.seconds))
+      stock = in_process(_STOCK, task.env_id, size, arguments.seconds, scene, task.unit)
+      report(what="stock", **common, num_workers=1, **stock)
     for num_workers in arguments.workers:
       figures = pool(task, size, num_workers, arguments.envs * num_workers, arguments.seconds)
       report(what="pool", **common, num_workers=num_workers, **figures)

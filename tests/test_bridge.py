@@ -69,14 +69,16 @@ def test_evaluation_goes_through_the_published_starts():
 
 
 def test_bridge_statistics_speak_the_simulators_gripper():
-  """Published token ids of OpenVLA: closed is 31872 and open 31744, which are bins 127 and 255 - 255 = 0 here."""
+  """Published token ids of OpenVLA: closed is 31872 and open 31744; a bin is its token less 31744."""
   codec = ActionCodec(**action_stats.for_environment(action_stats.named("bridge_orig"))._asdict(), bins=256)
   actions = np.array([[0.01, -0.02, 0.03, 0.05, -0.05, 0.1, -1], [0.01, -0.02, 0.03, 0.05, -0.05, 0.1, 1]], np.float32)
   tokens = codec.tokenize(actions)
   assert (tokens[:, 6] + 31744).tolist() == [31872, 31744]
-  np.testing.assert_allclose(codec.decode(tokens), actions, atol=[*[4e-4] * 3, *[1e-3] * 2, 2e-3, 2e-2])
-  half = np.array([127 - 64, 127 - 63])  # the data set's 0.5 is where the scene's gripper opens
-  assert np.diff(np.sign(codec.decode(np.repeat(half[:, None], 7, axis=1))[:, 6])) != 0
+  assert (np.abs(codec.decode(tokens) - actions) <= [*[4e-4] * 3, *[1e-3] * 2, 2e-3, 2e-2]).all()  # half a bin
+  bins = np.arange(256)
+  gripper = codec.decode(np.repeat(bins[:, None], 7, axis=1))[:, 6]
+  published = ActionCodec(**action_stats.BRIDGE_ORIG._asdict(), bins=256).decode(np.repeat(bins[:, None], 7, axis=1))
+  np.testing.assert_array_equal(gripper > 0, published[:, 6] > 0.5)  # the scene opens where OpenVLA's wrapper does
 
 
 def test_unknown_statistics():

@@ -82,10 +82,18 @@ class Bridge(ManiSkill):
   def _bind(self) -> None:
     self._env._obs_mode = "none"  # a reset need not draw what nobody reads
     super()._bind()
-    if self._lite:  # behind the photograph; nothing that is kept lies behind it
-      _undraw(self._env.scene.actors["arena"])
+    if self._mesh_ratio is not None:
+      self._lighten(self._mesh_ratio)
     if self._draw:
       self._background = _photograph(self._env.rgb_overlay_paths[_CAMERA], self._frame)
+
+  def _lighten(self, ratio: float) -> None:
+    """Draws less of what the photograph replaces: no table, and a coarse sink, which can still hide the eggplant."""
+    from stare_jax.sims import lite
+
+    lite.undraw(self._env.scene.actors["arena"])
+    if "sink" in self._env.scene.actors:
+      lite.simplify(self._env.scene.actors["sink"], ratio)
 
   def _tool_link(self, agent: Any) -> Any:
     return agent.robot.links_map["ee_gripper_link"]
@@ -163,12 +171,3 @@ def _resized(frame: np.ndarray, size: int) -> np.ndarray:
   from PIL import Image
 
   return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS))
-
-
-def _undraw(actor: Any) -> None:
-  import sapien
-
-  for entity in actor._objs:
-    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-    if body is not None:
-      body.visibility = 0

@@ -1,4 +1,4 @@
-"""Cheap visuals for software rendering: a decimated Panda and a two-triangle floor. Collision shapes are untouched.
+"""Cheap visuals for software rendering: a decimated Panda, a two-triangle floor. Collision shapes are untouched.
 
 Software rendering of the table-top scenes is bound by vertices: the Panda's visual meshes hold 135 thousand triangles,
 the floor 20 thousand. `enable` makes ManiSkill draw a decimated copy, written once per user and version to
@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -81,6 +82,41 @@ def _decimate(path: pathlib.Path, ratio: float) -> None:
     mesh.vertex_normals  # noqa: B018 - computed and cached here, so that the export writes them
     lighter.add_geometry(mesh, geom_name=name, node_name=node)
   lighter.export(path)
+
+
+def undraw(actor: Any) -> None:
+  """Takes an actor out of every picture; its collision shapes stay."""
+  import sapien.render
+
+  for entity in actor._objs:
+    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    if body is not None:
+      body.visibility = 0
+
+
+def simplify(actor: Any, ratio: float) -> None:
+  """Draws an actor that is already built with `ratio` of its triangles, without texture coordinates."""
+  import sapien.render
+  import trimesh
+
+  for entity in actor._objs:
+    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    light = sapien.render.RenderBodyComponent()
+    for shape in body.render_shapes:
+      for part in shape.parts:
+        mesh = trimesh.Trimesh(part.vertices * shape.scale, part.triangles, process=False)
+        mesh.merge_vertices(merge_norm=True, merge_tex=True)
+        if len(mesh.faces) > _MIN_FACES:
+          faces = max(_MIN_FACES, int(len(mesh.faces) * ratio))
+          mesh = mesh.simplify_quadric_decimation(face_count=faces, aggression=4)
+        drawn = sapien.render.RenderShapeTriangleMesh(
+          vertices=mesh.vertices, triangles=mesh.faces, normals=mesh.vertex_normals,
+          uvs=np.zeros((len(mesh.vertices), 2)), material=part.material,
+        )  # fmt: skip
+        drawn.local_pose = shape.local_pose
+        light.attach(drawn)
+    entity.remove_component(body)
+    entity.add_component(light)
 
 
 def enable(ratio: float) -> None:

@@ -80,7 +80,7 @@ class ManiSkill:
     warnings.filterwarnings("ignore")  # about a missing GPU and time limits that we do not use
     logging.getLogger("mani_skill").setLevel(logging.ERROR)
     self._env_id = env_id
-    self._image_size, self._lite, self._draw = image_size, mesh_ratio is not None, draw
+    self._image_size, self._mesh_ratio, self._draw = image_size, mesh_ratio, draw
     options = self._arguments(camera, shader) | dict(render_backend=render_backend) | env_options
     self._show_goal = options.pop("show_goal", True)
     self._env = _build(env_id, options, mesh_ratio, self.ROBOT_ASSETS)
