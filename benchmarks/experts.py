@@ -38,6 +38,7 @@ def main() -> None:
   parser.add_argument("--own", action="store_true", help="the expert's own noise, instead of a disturbance behind it")
   parser.add_argument("--published", action="store_true", help="every published start of the task instead of seeds")
   parser.add_argument("--to-the-end", action="store_true", help="count success at the horizon, after the release")
+  parser.add_argument("--horizon", type=int, default=0, help="control steps; 0: the task's own")
   parser.add_argument("--envs", type=int, default=16)
   parser.add_argument("--workers", type=int, default=2)
   arguments = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
       for noise in arguments.noise:
         actor = ExpertActor(Noisy(task, noise), 0.0) if arguments.own else ExpertActor(task, noise)
         collector = Collector(
-          sim, task, actor, horizon=task.horizon, groups=min(2, arguments.envs),
+          sim, task, actor, horizon=arguments.horizon or task.horizon, groups=min(2, arguments.envs),
           stop_on_success=not arguments.to_the_end,
         )  # fmt: skip
         episodes = collector.episodes([Start(seed) for seed in seeds])

@@ -98,6 +98,7 @@ class ManiSkill:
       self._move_to_new_scene()
       if self.SETTLES:
         self._wake()
+        self._rest_robot()
       self._env.reset(seed=seed, options=self._start(seed))
       if not self.SETTLES:
         self._wake()
@@ -218,6 +219,17 @@ class ManiSkill:
     for body in physics.get_rigid_dynamic_components():
       body.put_to_sleep()  # forgets velocities, forces and the sleep timer
     scene.sub_scenes[0], scene.px = new, physics
+
+  def _rest_robot(self) -> None:
+    """The robot as it is loaded, so that where the last episode left it cannot touch what settles now."""
+    robot = self._env.agent.robot
+    articulation = robot._objs[0]
+    articulation.set_root_pose(robot.initial_pose.sp)
+    articulation.set_qpos(np.zeros_like(articulation.get_qpos()))
+    articulation.set_qvel(np.zeros_like(articulation.get_qvel()))
+    for joint in articulation.get_active_joints():
+      joint.set_drive_target(0.0)
+      joint.set_drive_velocity_target(0.0)
 
   def _wake(self) -> None:
     for body in self._env.scene.px.get_rigid_dynamic_components():
