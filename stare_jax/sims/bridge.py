@@ -28,7 +28,6 @@ class Bridge(ManiSkill):
   """
 
   ROBOT_ASSETS = ("widowx250s",)
-  SETTLES = True
 
   def __init__(self, *, env_options: dict[str, Any], image_size: int, **options: Any):
     env_options = dict(env_options)
@@ -94,6 +93,24 @@ class Bridge(ManiSkill):
     lite.undraw(self._env.scene.actors["arena"])
     if "sink" in self._env.scene.actors:
       lite.simplify(self._env.scene.actors["sink"], ratio)
+
+  def _before_start(self) -> None:
+    """The start state settles in physics steps, as in a scene just built: bodies awake, the robot as it is loaded.
+
+    Where the last episode left the arm it could touch what settles now.
+    """
+    self._wake()
+    robot = self._env.agent.robot
+    articulation = robot._objs[0]
+    articulation.set_root_pose(robot.initial_pose.sp)
+    articulation.set_qpos(np.zeros_like(articulation.get_qpos()))
+    articulation.set_qvel(np.zeros_like(articulation.get_qvel()))
+    for joint in articulation.get_active_joints():
+      joint.set_drive_target(0.0)
+      joint.set_drive_velocity_target(0.0)
+
+  def _after_start(self) -> None:
+    """Nothing: a body that fell asleep while it settled stays so."""
 
   def _tool_link(self, agent: Any) -> Any:
     return agent.robot.links_map["ee_gripper_link"]

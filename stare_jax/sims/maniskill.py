@@ -49,7 +49,6 @@ class ManiSkill:
   """A `pool.Environment` over one `physx_cpu` ManiSkill environment with a fixed camera."""
 
   ROBOT_ASSETS: tuple[str, ...] = ()  # ManiSkill's names of what the robot needs downloaded; the Panda is part of it
-  SETTLES = False  # the environment's own reset runs physics steps, which a body must not sleep through
 
   def __init__(
     self,
@@ -96,12 +95,9 @@ class ManiSkill:
     self._seed, self._actions = seed, []
     if self._env.reconfiguration_freq == 0:
       self._move_to_new_scene()
-      if self.SETTLES:
-        self._wake()
-        self._rest_robot()
+      self._before_start()
       self._env.reset(seed=seed, options=self._start(seed))
-      if not self.SETTLES:
-        self._wake()
+      self._after_start()
     else:  # the environment builds its own geometry anew anyway
       self._env.reset(seed=seed, options=self._start(seed) | dict(reconfigure=True))
       self._bind()
@@ -220,16 +216,12 @@ class ManiSkill:
       body.put_to_sleep()  # forgets velocities, forces and the sleep timer
     scene.sub_scenes[0], scene.px = new, physics
 
-  def _rest_robot(self) -> None:
-    """The robot as it is loaded, so that where the last episode left it cannot touch what settles now."""
-    robot = self._env.agent.robot
-    articulation = robot._objs[0]
-    articulation.set_root_pose(robot.initial_pose.sp)
-    articulation.set_qpos(np.zeros_like(articulation.get_qpos()))
-    articulation.set_qvel(np.zeros_like(articulation.get_qvel()))
-    for joint in articulation.get_active_joints():
-      joint.set_drive_target(0.0)
-      joint.set_drive_velocity_target(0.0)
+  def _before_start(self) -> None:
+    """What a new physics scene needs before the environment fills in the start state."""
+
+  def _after_start(self) -> None:
+    """What it needs after that."""
+    self._wake()
 
   def _wake(self) -> None:
     for body in self._env.scene.px.get_rigid_dynamic_components():
