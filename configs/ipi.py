@@ -86,7 +86,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     ),
   )  # fmt: skip
 
-  c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)  # 1: as it acts in training; 0: argmax
+  # Temperature 1: as it acts in training; 0: argmax. The seed counts where a task has no published starts.
+  c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)
   c.checkpoint = dict(keep=2)
   c.report = dict(videos=4)
   c.update_from_flattened_dict(PRESETS[preset])

@@ -39,7 +39,7 @@ from stare_jax import (
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.losses import ops
-from stare_jax.pipeline_check import check, resolved
+from stare_jax.pipeline_check import check
 from stare_jax.pipeline_interaction import interaction
 from stare_jax.pipeline_run import (
   Run,
@@ -229,7 +229,6 @@ def run(
     NonFiniteError: an update was refused; the last checkpoint is intact.
     Stop: `stop()` became true; a checkpoint was written, and the same command continues from it.
   """
-  config = resolved(config)
   check(config, workdir)
   this = Run(config, workdir, stop=stop)
   open_folder(this)

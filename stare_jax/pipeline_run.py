@@ -29,6 +29,7 @@ from stare_jax import (
 )
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
+from stare_jax.pipeline_check import resolved
 from stare_jax.pipeline_policy import Base, folder_statistics, make_policy, table
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
@@ -47,7 +48,7 @@ class Run:
   """
 
   def __init__(self, config: Any, workdir: str | os.PathLike, *, stop: Callable[[], bool] = lambda: False):
-    self.config, self.stop = config, stop
+    self.config, self.stop = resolved(config), stop
     self.workdir = pathlib.Path(workdir)
     self.task = tasks.get(config.task)
     self.mesh = sharding.make_mesh(dict(config.mesh))

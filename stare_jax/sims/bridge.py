@@ -126,13 +126,12 @@ class Bridge(ManiSkill):
 
   def _composed(self) -> np.ndarray:
     """uint8[H, W, 3]: the robot and the objects before the photograph, in the size of the frame."""
-    drawn = super()._picture()
-    kept = np.zeros(np.iinfo(np.uint16).max + 1, bool)
-    kept[self._kept()] = True
-    shown = kept[self._labels()]
-    frame = self._background.copy()
-    frame[shown] = drawn[shown]
-    return frame
+    import cv2
+
+    drawn = np.ascontiguousarray(super()._picture())
+    kept = np.zeros(np.iinfo(np.uint16).max + 1, np.uint8)
+    kept[self._kept()] = 1
+    return cv2.copyTo(drawn, kept[self._labels()], self._background.copy())
 
   def _labels(self) -> np.ndarray:
     """int[H, W]: which entity each pixel of the last picture shows."""
