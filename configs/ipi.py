@@ -38,8 +38,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: the remaining devices
 
   c.sim = dict(
-    name="maniskill", num_envs=32, num_workers=2, groups=2, image_size=64,
-    horizon=0,  # control steps until an episode is cut; 0: the task's own
+    name="maniskill", num_envs=32, num_workers=2, groups=2, image_size=64, horizon=0,  # control steps; 0: the task's
     timeout=60.0,  # seconds without an answer until a worker is replaced
   )  # fmt: skip
   c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=16), **STARTS_FROM)
@@ -61,8 +60,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     parts_before=20,  # the samples of a start part at a step drawn up to here; 0: at its beginning
     tail=8,  # steps after they part; 0: to the horizon
     both_failed=True,  # two that have not completed a stage are compared by its cost
-    updates=60, batch=32, micro_batch=256, checkpoint_every=20,
-    buckets=(),  # lengths that pairs are padded to; none: the tail, or the horizon where that is 0
+    updates=60, batch=32, micro_batch=256, buckets=(), checkpoint_every=20,  # no buckets: one, of the tail's length
     optimiser=dict(learning_rate=1e-4, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
     hp=dict(beta=2.0, cost_weight=0.0, chosen_weight=0.0),
   )  # fmt: skip
@@ -86,8 +84,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     ),
   )  # fmt: skip
 
-  # Temperature 1: as it acts in training; 0: argmax. The seed counts where a task has no published starts.
-  c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)
+  c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)  # 1: as it acts in training; 0: argmax
   c.checkpoint = dict(keep=2)
   c.report = dict(videos=4)
   c.update_from_flattened_dict(PRESETS[preset])

@@ -64,13 +64,13 @@ def test_smoke_twice_gives_the_same_parameters(tmp_path, user_environment, root)
 @pytest.mark.assets
 @pytest.mark.parametrize("name", BRIDGE)
 def test_smoke_of_a_scene_takes_what_it_needs_from_the_task(name, tmp_path, user_environment, root):
-  """No setting but the task's name: horizon, buckets and the evaluation's starts are the task's own."""
+  """No setting but the task's name: the horizon and the evaluation's starts are the task's own."""
   smoke(tmp_path / "run", user_environment, root, f"smoke,task={name}")
   summary = json.loads((tmp_path / "run" / "summary.json").read_text())
   task = tasks.get(name)
   assert summary["task"] == name and set(summary["phases"]) == set(PHASES) and summary["simulator_events"] == []
   assert summary["config"]["sim"]["horizon"] == task.horizon
-  assert summary["config"]["preference"]["buckets"] == [task.horizon]
+  assert summary["config"]["preference"]["buckets"] == [summary["config"]["preference"]["tail"]]
   figures = summary["phases"]["interaction"]
   assert figures["seeds"] == [0, 7] and figures["max_length"] == task.horizon
   assert [stage["name"] for stage in figures["stages"]] == ["Reach", "Grasp", "Transport", "Place"]
