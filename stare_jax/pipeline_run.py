@@ -48,7 +48,8 @@ class Run:
   """
 
   def __init__(self, config: Any, workdir: str | os.PathLike, *, stop: Callable[[], bool] = lambda: False):
-    self.config, self.stop = resolved(config), stop
+    config = resolved(config)
+    self.config, self.stop = config, stop
     self.workdir = pathlib.Path(workdir)
     self.task = tasks.get(config.task)
     self.mesh = sharding.make_mesh(dict(config.mesh))
