@@ -37,7 +37,8 @@ SEVEN_B = {
   "interaction.hp.value_clip": 0.2, "interaction.optimiser.clip_norm": 10.0, "evaluation.temperature": 0.6,
 }  # fmt: skip
 PRESETS["openvla_7b"] = SEVEN_B | {  # everything is trained, on a pod of 16 chips or more
-  "mesh.fsdp": 16, "policy.options": {"remat": "block", "param_dtype": "float32"},
+  "mesh.fsdp": 16,
+  "policy.options": {"remat": "block", "param_dtype": "float32", "compute_dtype": "bfloat16"},
   "imitation.demonstrations": 16384, "imitation.batch": 1024, "imitation.updates": 2000,
   "imitation.optimiser.learning_rate": 2e-5, "imitation.optimiser.weight_decay": 0.0,
   "preference.starts": 512, "preference.batch": 256, "preference.micro_batch": 1024, "preference.updates": 40,

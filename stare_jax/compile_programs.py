@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stare_jax import pipeline_updates, policies, roofline, roofline_hlo, sharding, train
+from stare_jax.pipeline_check import resolved
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
 PARTS = {"imitation": "SFT", "preference": "StA-TPO", "interaction": "StA-PPO", "act": "act"}
@@ -78,7 +79,7 @@ def batch(policy: policies.Policy, config: Any, program: str, mesh: Mesh, stages
     if config.interaction.hp.kl_weight:
       flat["ref_log_prob"] = _rows(mesh, n, actions)
     return flat | {"obs": _obs(policy, mesh, n)}
-  b, t = config.preference.batch, max(config.preference.buckets)
+  b, t = config.preference.batch, max(resolved(config).preference.buckets)
   pairs = {
     "stage_id": _rows(mesh, 2 * b, t, dtype=jnp.int32), "cost": _rows(mesh, 2 * b, stages),
     "sign": _rows(mesh, b, stages, dtype=jnp.int8), "overall": _rows(mesh, b, dtype=jnp.int8),
@@ -120,7 +121,7 @@ def job(policy: policies.Policy, config: Any, program: str, devices: Sequence[ja
   traced = update.trace(state, batch(policy, config, program, mesh))
   if program != "preference":
     return Job(traced, section.batch, 1, True, mesh)
-  rows = 2 * section.batch * max(section.buckets)
+  rows = 2 * section.batch * max(resolved(config).preference.buckets)
   return Job(traced, rows, math.ceil(rows / section.micro_batch), True, mesh)
 
 

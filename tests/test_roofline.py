@@ -219,8 +219,8 @@ def test_presets_of_the_7b_model_can_be_launched_as_written(preset, chips):
   """Fields that fit together, a rule for every weight, and batches that divide over every pod of docs/scaling.md."""
   from configs import ipi
   from stare_jax import config as config_checks
-  from stare_jax import tasks
-  config = ipi.get_config(preset)
+  from stare_jax import pipeline_check, tasks
+  config = pipeline_check.resolved(ipi.get_config(preset))
   config_checks.validate(config, tasks.names)
   policy = compile_programs.make_policy(config)
   params = jax.eval_shape(policy.init, jax.random.key(0))
