@@ -23,7 +23,7 @@ run: setup  ## the main job: Imitation, Preference, Interaction; leaves a run fo
 smoke: setup ## the main job in minutes: every phase for real, too short to learn
 	$(PYTHON_BIN) -m stare_jax.main --config=configs/ipi.py:smoke $(ARGS)
 
-test: setup lint types ## set up, lint, type-check and pass the tests (the smoke run included)
+test: setup tpu-compiler lint types ## set up, lint, type-check and pass the tests (the smoke run included)
 	$(PYTHON_BIN) -m pytest -n auto --maxprocesses=4 --dist loadfile $(ARGS)
 
 test-slow: setup ## what `make test` leaves out because it takes long
