@@ -26,7 +26,7 @@ class Noisy:
   """A task whose expert adds its own noise."""
 
   def __init__(self, task: tasks.Task, noise: float):
-    self.expert = lambda rng, _: task.expert(rng, noise)
+    self.expert, self.unit = lambda rng, _: task.expert(rng, noise), task.unit
 
 
 def main() -> None:

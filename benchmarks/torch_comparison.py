@@ -44,7 +44,7 @@ SMALL = dict(
   pad=2048,
   compute_dtype="float32",
   param_dtype="float32",
-  remat=False,
+  remat="none",
 )
 STEPS, STAGES = 4, 2  # of each episode in the preference batch
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bfloat16, from the vendor's data sheets

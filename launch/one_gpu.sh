@@ -2,7 +2,7 @@
 # The main job on one machine with one or more GPUs, in one process.
 #
 #   bash launch/one_gpu.sh                                   # configs/ipi.py
-#   CONFIG=configs/ipi.py:openvla_7b bash launch/one_gpu.sh --config.interaction.hp.clip=0.1
+#   CONFIG=configs/ipi.py:openvla_7b_lora bash launch/one_gpu.sh --config.policy.checkpoint=FOLDER    # 80 GB
 #
 # Running it again continues the run. More arguments go to stare_jax.main.
 set -euo pipefail

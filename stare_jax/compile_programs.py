@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax import pipeline_updates, policies, roofline, roofline_hlo, sharding, train
+from stare_jax import pipeline_policy, pipeline_updates, policies, roofline, roofline_hlo, sharding, train
 from stare_jax.pipeline_check import resolved
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
@@ -211,6 +211,9 @@ def describe(record: dict[str, Any]) -> str:
 
 def report(config: Any, name: str, programs: Sequence[str], path: str = "") -> list[dict[str, Any]]:
   """Compiles the programs one by one and prints each as soon as it is known; `path` collects JSON lines."""
+  if config.policy.lora.rank:
+    raise ValueError(f"policy.lora.rank = {config.policy.lora.rank}: programs with adapters are planned by formula "
+                     f"only, with --devices; for a topology choose openvla_7b or --config.policy.lora.rank=0")
   policy = make_policy(config)
   chip, devices = topology(name)
   records = []
@@ -245,9 +248,9 @@ def plan(config: Any, text: str) -> str:
     "preference": config.preference.micro_batch,
     "interaction": config.interaction.batch // config.interaction.micro_batches,
   }
-  trainable = lora_parameters(config, params)
+  trainable = lora_parameters(config, policy, params)
   for program, rows in programs.items():
-    here = math.ceil(rows / devices)
+    here = math.ceil(rows * max(config.mesh.tensor, 1) / devices)  # all devices of tensor see the same rows
     pieces = math.gcd(devices, max(config.mesh.fsdp, 1) * max(config.mesh.tensor, 1))
     sizes = roofline.memory_plan(
       params, policy.config, devices=pieces, rows=here, remat=policy.config.remat, trainable=trainable
@@ -259,19 +262,9 @@ def plan(config: Any, text: str) -> str:
   return "\n".join(lines)
 
 
-def lora_parameters(config: Any, params: Any) -> int | None:
-  """Trainable parameters of `policy.lora` on every kernel, with the value head; None without LoRA."""
-  rank = config.policy.get("lora", {}).get("rank", 0)
-  if not rank:
+def lora_parameters(config: Any, policy: policies.Policy, params: Any) -> int | None:
+  """Trainable parameters under `policy.lora`, with the value head; None without adapters."""
+  if not config.policy.lora.rank:
     return None
-  total = 0
-  for path, x in jax.tree_util.tree_leaves_with_path(params):
-    name = sharding.path_name(path)
-    if name.startswith("value/"):
-      total += math.prod(x.shape)
-    elif name.endswith("/kernel") or name == "llm/head/table":
-      stacked = "/layers/" in name
-      lead, size, out = (x.shape[0] if stacked else 1), x.shape[int(stacked)], x.shape[int(stacked) + 1 :]
-      parts = out[0] if "qkv" in name and name.startswith("llm") or "gate_up" in name else 1  # separate in the files
-      total += lead * rank * (parts * size + math.prod(out))
-  return total
+  value = sum(math.prod(x.shape) for x in jax.tree.leaves(params["value"]))
+  return pipeline_policy.adapters(config, policy).size + value

@@ -124,7 +124,7 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   if c.preference.samples < 2 and "preference" in c.phases:
     raise ConfigError(f"preference.samples = {c.preference.samples}: a pair needs at least 2 rollouts of one start")
   for field in ("parts_before", "tail"):
-    if not 0 <= c.preference[field] <= c.sim.horizon:
+    if "preference" in c.phases and not 0 <= c.preference[field] <= c.sim.horizon:
       raise ConfigError(f"preference.{field} = {c.preference[field]}: expected 0 to sim.horizon = {c.sim.horizon}")
   name, longest = ("preference.tail", c.preference.tail) if c.preference.tail else ("sim.horizon", c.sim.horizon)
   if "preference" in c.phases and max(c.preference.buckets) < longest:

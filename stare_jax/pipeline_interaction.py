@@ -30,6 +30,7 @@ def interaction(run: Run) -> Any:
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
   critic = train_critic.init(jax.random.fold_in(run.key, 1), num_features(run)) if c.critic == "state" else None
   state = train.new_state(params, tx, critic=critic, **trained)
+  del params  # the state has its own
   first = run.seeds("interaction", 1)[0]
 
   def advance(state, i):
@@ -37,6 +38,7 @@ def interaction(run: Run) -> Any:
     collector = run.collector(run.actor(state.params, "interaction", c.temperature))
     start_of = lambda env, j: Start(first + (i * n + env) * c.steps + j)
     rows = pipeline_together.rows(collector, start_of, c.steps)
+    del collector  # with its actor's copy of the parameters, which an update has no room for
     rows = [stages.annotate(run.task, row, offset=c.offset) for row in rows]
     collected = time.monotonic()
     if c.critic == "state":

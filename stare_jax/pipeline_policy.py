@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax import checkpoint, policies, sharding, train
-from stare_jax.policies import lora, openvla, openvla_config, openvla_files, openvla_names, tensor_files
+from stare_jax import checkpoint, policies, processes, sharding, train
+from stare_jax.policies import action_stats, lora, openvla, openvla_config, openvla_files, openvla_names, tensor_files
 
 SAMPLE = 4096  # bytes of each tensor that go into the digest of a folder
 
@@ -38,9 +38,14 @@ def adapters(config: Any, policy: policies.Policy) -> lora.Lora:
 
 
 def folder_statistics(config: Any) -> policies.ActionStats | None:
-  """The action statistics of `policy.checkpoint` under `policy.unnorm_key`; None where a run takes its own."""
+  """The action statistics of `policy.checkpoint` under `policy.unnorm_key`; None where a run takes its own.
+
+  A gripper in [0, 1] becomes the simulator's, without a change of tokens (`action_stats`).
+  """
   c = config.policy
-  return openvla_config.read_statistics(c.checkpoint, c.unnorm_key)[1] if c.checkpoint and c.unnorm_key else None
+  if not (c.checkpoint and c.unnorm_key):
+    return None
+  return action_stats.in_environment(openvla_config.read_statistics(c.checkpoint, c.unnorm_key)[1])
 
 
 def digest(folder: str) -> str:
@@ -73,7 +78,10 @@ class Base:
   def __init__(self, config: Any):
     self._config = config
     self._frozen: Any = None
-    self.digest = digest(config.policy.checkpoint) if self.elsewhere else ""
+    folder = config.policy.checkpoint
+    found = digest(folder) if folder and (self.elsewhere or processes.count() > 1) else ""
+    processes.same(found, f"policy.checkpoint {folder} (here its digest)", "give all of them the same folder")
+    self.digest = found if self.elsewhere else ""
 
   @property
   def elsewhere(self) -> bool:
@@ -89,7 +97,11 @@ class Base:
     return train.split_state(state, policy.trainable)[0] if self.elsewhere else state
 
   def restore(self, policy: policies.Policy, folder: Any, state: train.TrainState, config: Any) -> tuple[Any, Any]:
-    """(state, meta) of the newest checkpoint; frozen parameters stay those of `state`."""
+    """(state, meta) of the newest checkpoint; frozen parameters that it does not hold stay those of `state`."""
+    if not self.elsewhere:
+      state, meta = checkpoint.restore(folder, state, config=config)
+      self._shared(policy, state.params)
+      return state, meta
     own, frozen = train.split_state(state, policy.trainable)
     check_digest(folder, self.digest, self._where)
     own, meta = checkpoint.restore(folder, own, config=config, partial=policy.trainable is not None)
@@ -108,7 +120,10 @@ class Base:
     if not c.checkpoint:
       return self._shared(policy, policy.init(key))
     params = openvla_files.read_params(c.checkpoint, policy.config, mesh=mesh, key=key)
-    return self._shared(policy, self._adapted(policy, params, key) if c.lora.rank else params)
+    if c.lora.rank:
+      return self._shared(policy, self._adapted(policy, params, key))
+    value = jax.tree.map(lambda x: x.astype(policy.config.param_dtype), params["value"])  # as Policy.init has it
+    return {**params, "value": value}
 
   def from_checkpoint(self, policy: policies.Policy, folder: Any, key: jax.Array, mesh: Mesh) -> Any:
     """The parameters that another phase (of this run or another) ended with; adapters start on those that had none."""

@@ -262,6 +262,10 @@ def gather(
   chunks = [starts[i : i + CHUNK] for i in range(0, len(starts), CHUNK)]
   digest = checkpoint.config_digest(fields)
   seconds = 0.0
+  for path in [folder / f"{i:05d}.episodes" for i in range(len(chunks))]:
+    if path.exists():  # before any process simulates
+      check_collected(path, dataset.open(path)[1], fields)
+      break
   make_collector = lambda bar: run.collector(make_actor(), progress=bar, **options)
   pipeline_together.collect(folder, chunks, make_collector, fields)
   with report.Progress(f"{name} rollouts", len(starts), unit="episode", quiet=not processes.first()) as bar:
@@ -270,12 +274,7 @@ def gather(
       path = folder / f"{i:05d}.episodes"
       if path.exists():
         found, meta = dataset.open(path)
-        if meta.get("digest") != digest:
-          lines = checkpoint.config_differences(meta.get("fields", {}), fields)
-          raise dataset.DatasetError(
-            f"{path} was collected with another configuration:\n  " + "\n  ".join(lines[:12]) + "\n"
-            "Run with that configuration, or start this one with another --workdir; nothing was changed"
-          )
+        check_collected(path, meta, fields)
         bar.update(len(found))
       else:
         began = time.monotonic()
@@ -288,6 +287,17 @@ def gather(
   run.seconds[f"{name} rollouts"] = seconds
   run.env_steps[f"{name} rollouts"] = sum(map(len, episodes))
   return episodes
+
+
+def check_collected(path: pathlib.Path, meta: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+  """Refuses episodes of another configuration."""
+  if meta.get("digest") == checkpoint.config_digest(fields):
+    return
+  lines = checkpoint.config_differences(meta.get("fields", {}), fields)
+  raise dataset.DatasetError(
+    f"{path} was collected with another configuration:\n  " + "\n  ".join(lines[:12]) + "\n"
+    "Run with that configuration, or start this one with another --workdir; nothing was changed"
+  )
 
 
 def predecessor(run: Run, phase: str) -> str:

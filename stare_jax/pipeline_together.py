@@ -133,7 +133,8 @@ def collect(
   """Makes the chunks of a data set that are not there yet, the same files that one process would write.
 
   Each process plays its share of all of them and keeps it in files of its own, so that a run that is killed on the way
-  finds them again (with the same number of processes); the first one puts them together in the end.
+  finds them again (with the same number of processes, and unless it was killed while the first one, in the end, put
+  them together).
   """
   if processes.count() == 1:
     return
@@ -169,14 +170,13 @@ def _collect_parts(
 ) -> bool:
   label = f"{parts.parent.name} rollouts (a share of {own['processes']})"
   with report.Progress(label, len(starts), unit="episode", quiet=not processes.first()) as bar:
-    collector = None
+    collector = make_collector(bar)  # by all of them or by none: parameters may be gathered from the others
     for number, at in enumerate(range(0, len(starts), PART)):
       path, piece = _part(parts, processes.index(), number), starts[at : at + PART]
       if path.exists() and all(dataset.open(path)[1].get(name) == value for name, value in own.items()):
         bar.update(len(piece))
         continue
       began = time.monotonic()
-      collector = collector or make_collector(bar)
       found = collector.episodes(piece)
       dataset.write(path, found, dict(own) | {"seconds": time.monotonic() - began})
   return True

@@ -148,7 +148,7 @@ def kept_per_row(config: Any, remat: str, count: int = 7) -> float:
   """Bytes of what the layers of one row keep for the backward pass (`layers.REMAT`), with one layer at work."""
   item = 2 if config.compute_dtype == "bfloat16" else 4
   sequence = config.patches + config.prompt_length + count - 1
-  visions = [config.dino, config.siglip]
+  visions = list(config.views.values())
   stacks = [(config.llm_depth, sequence, config.llm_width, 2 * config.llm_mlp, config.llm_head_size)]
   stacks += [(v.depth - 1, config.patches + v.prefix_tokens, v.width, v.mlp, v.head_size) for v in visions]
 

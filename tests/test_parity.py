@@ -40,7 +40,7 @@ SMALL = dict(
   value_hidden=(24, 12),
   compute_dtype="float32",
   param_dtype="float32",
-  remat=False,
+  remat="none",
 )
 INSTRUCTIONS = ["put the spoon on the towel", "stack the green block", "put eggplant in the yellow basket now please"]
 BRIDGE = policies.ActionStats(

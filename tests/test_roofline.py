@@ -240,7 +240,7 @@ def test_lora_parameters_are_those_of_the_public_recipe():
   config = ipi.get_config("openvla_7b_lora")
   policy = compile_programs.make_policy(config)
   params = jax.eval_shape(policy.init, jax.random.key(0))
-  count = compile_programs.lora_parameters(config, params)
+  count = compile_programs.lora_parameters(config, policy, params)
   value = sum(x.size for x in jax.tree.leaves(params["value"]))
   r = 32
   dino = r * ((1024 + 3072) + (1024 + 1024) + 2 * (1024 + 4096))

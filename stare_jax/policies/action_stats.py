@@ -41,6 +41,12 @@ def named(name: str) -> ActionStats:
   return REGISTRY[name]
 
 
+def in_environment(stats: ActionStats) -> ActionStats:
+  """`for_environment` where the gripper is in [0, 1], as public data sets have it; otherwise as they are."""
+  public = not stats.mask[-1] and 0 <= stats.q01[-1] < stats.q99[-1] <= 1
+  return for_environment(stats) if public else stats
+
+
 def for_environment(stats: ActionStats) -> ActionStats:
   """The same tokens for the same behaviour, with the gripper (the last dimension) in the simulator's [-1, 1].
 

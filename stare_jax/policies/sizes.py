@@ -9,6 +9,7 @@ from typing import Any
 
 from stare_jax.policies import images
 from stare_jax.policies import tokenizer as tok
+from stare_jax.policies.layers import REMAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Config:
   def __post_init__(self):
     if self.image_size % self.patch_size:
       raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+    if self.remat not in REMAT:
+      raise ValueError(f"remat is {self.remat!r}: expected one of {', '.join(REMAT)}, see policies/layers.py")
     if not self.views:
       raise ValueError("dino and siglip are both None; the policy needs a vision transformer")
     widths = {name: (v.width, v.head_size) for name, v in self.views.items()}
