@@ -86,6 +86,10 @@ def test_unknown_statistics():
     action_stats.named("bridge")
   with pytest.raises(ValueError, match="mask True"):
     action_stats.for_environment(action_stats.for_environment(action_stats.BRIDGE_ORIG))
+  once = action_stats.in_environment(action_stats.BRIDGE_ORIG)
+  for ours, want in zip(once, action_stats.for_environment(action_stats.BRIDGE_ORIG), strict=True):
+    np.testing.assert_array_equal(ours, want)
+  assert action_stats.in_environment(once) is once  # statistics in the simulator's terms stay
 
 
 def always(target: experts.Target, noise: float = 0.0) -> WidowX:

@@ -389,6 +389,7 @@ def test_two_passes_equal_the_gradient_in_one_piece():
   kernel = lambda ratio, b: preference.stage_tpo(
     ratio, b.pairs["stage_id"], b.pairs["cost"], b.pairs["sign"], beta=0.5, cost_weight=0.0
   )
+  pairs = jax.tree.map(jnp.asarray, pairs)
   trained, frozen = train.split(params, wrapped.trainable)
   whole = lambda p, obs, tokens: log_prob(train.join(p, frozen), obs, tokens)
   two_pass = jax.jit(lambda p: train.preference_gradient(whole, kernel, p, pairs, micro_batch=4)[:2])

@@ -9,10 +9,11 @@ import ml_collections
 import numpy as np
 import pytest
 
-from stare_jax import losses, pipeline_updates, tasks
+from stare_jax import losses, pipeline, pipeline_updates, tasks
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
 from stare_jax.pipeline_run import minibatch
+from stare_jax.rollout import Start
 from tests import toy_run
 
 HORIZON = 6
@@ -54,6 +55,17 @@ def staged(rng: np.random.Generator, length: int, terminated: bool, stages: int 
   potential = rng.random(length + 1).astype(np.float32) + reached
   zeros = np.zeros(length, np.float32)
   return StagedEpisode(episode, zeros.astype(np.int32), completed_at, np.zeros(stages, np.float32), potential, zeros)
+
+
+def test_a_sample_off_the_common_path_is_left_out():
+  rng = np.random.default_rng(5)
+  whole = [staged(rng, length, False) for length in (9, 9, 9, 4, 9)]
+  whole[1].episode.signals[4] = 1.0  # not where the first sample is when they part
+  starts = [Start(7, 0, 4), Start(7, 1, 4), Start(7, 2, 4), Start(7, 3, 4), Start(8, 0, 0)]
+  kept = pipeline.parted(whole, starts)
+  assert [len(item.episode) for item in kept] == [5, 5, 9]  # without the stray one, and the one that ended before
+  np.testing.assert_array_equal(kept[1].episode.tokens, whole[2].episode.tokens[4:])
+  assert kept[2] is whole[4]
 
 
 def rollout(rng: np.random.Generator) -> list[list[StagedEpisode]]:
