@@ -28,7 +28,7 @@ import numpy as np
 
 from stare_jax import checkpoint, pipeline_policy, pipeline_run
 from stare_jax.checkpoint import CheckpointError
-from stare_jax.policies import action_stats, lora, lora_files, openvla_config, openvla_files, openvla_names
+from stare_jax.policies import lora, lora_files, openvla_config, openvla_files, openvla_names
 from stare_jax.policies.sizes import Config
 
 
@@ -46,7 +46,6 @@ def to_orbax(
   if checkpoint.steps(out):
     raise CheckpointError(f"{out} holds checkpoints already; name a new folder")
   dataset, stats = openvla_config.read_statistics(folder, unnorm_key)
-  stats = action_stats.in_environment(stats)
   options = {} if dtype is None else {"param_dtype": dtype}
   config = openvla_files.folder_config(folder, {"action_size": len(stats.q01), **options})
   params = openvla_files.read_params(folder, config)

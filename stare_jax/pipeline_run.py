@@ -30,6 +30,7 @@ from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.pipeline_check import resolved
 from stare_jax.pipeline_policy import Base, folder_statistics, make_policy, table
+from stare_jax.policies import action_stats
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
 log = logging.getLogger("stare_jax")
@@ -335,7 +336,8 @@ def starting_params(run: Run, phase: str) -> Any:
   """Parameters that a phase starts from; with them come the action statistics, except for imitation."""
   folder, key = starting_folder(run, phase), jax.random.fold_in(run.key, 0)
   if phase != "imitation":  # which has its own from the demonstrations
-    run.use_statistics(read_statistics(folder) if folder is not None else run.folder_statistics)
+    stats = run.folder_statistics if folder is None else read_statistics(folder)
+    run.use_statistics(action_stats.in_environment(stats))  # those of a converted folder are the public ones
   if folder is None:
     return run.base.initial(run.policy, key, run.mesh)
   return run.base.from_checkpoint(run.policy, folder, key, run.mesh)
