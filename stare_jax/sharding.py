@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,7 +56,11 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
   if rest:
     sizes[rest[0]] = len(devices) // fixed
   shape = tuple(sizes[name] for name in MESH)
-  return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=devices)
+  types = (AxisType.Auto,) * len(MESH)
+  try:
+    return jax.make_mesh(shape, MESH, axis_types=types, devices=devices)
+  except NotImplementedError:  # no whole axes of a TPU's torus give these sizes, such as 16 on 8 x 8: cut one
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH, axis_types=types)
 
 
 def path_name(path: Any) -> str:

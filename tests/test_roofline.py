@@ -306,6 +306,25 @@ def test_tpu_compiler_takes_the_sft_update(tmp_path, user_environment):
   assert "SFT on v5e:2x2: 64 rows on data 2 x fsdp 2 x tensor 1" in text and "4 TPU v5 lite" not in text
 
 
+def test_a_mesh_may_cut_an_axis_of_the_torus(user_environment):
+  """fsdp=8 on 4 x 4 chips is neither axis nor both."""
+  if not tpu_compiler():
+    pytest.skip("the TPU compiler is not installed: make tpu-compiler")
+  code = """
+import os
+from stare_jax import compile
+os.environ.update(compile.compiler_environment())
+from stare_jax import compile_programs, sharding
+mesh = sharding.make_mesh({"data": -1, "fsdp": 8}, compile_programs.topology("v6e:4x4")[1])
+print(dict(mesh.shape), len({device.id for device in mesh.devices.flat}))
+"""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  environment = {**user_environment, "TPU_LIBRARY_PATH": tpu_compiler()}
+  done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True,
+                        check=False)  # fmt: skip
+  assert done.stdout.split("\n")[0] == "{'data': 2, 'fsdp': 8, 'tensor': 1} 16", done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_tpu_compiler_takes_every_program(tmp_path, user_environment):
   _, records = compiled(tmp_path, user_environment)
