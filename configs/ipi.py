@@ -32,7 +32,8 @@ SEVEN_B = {
   "imitation.optimiser.warmup_steps": 0, "imitation.optimiser.betas": (0.9, 0.999), "imitation.hp.smoothing_sigma": 0.0,
   "imitation.checkpoint_every": 500, "preference.optimiser.schedule": "constant",
   "preference.optimiser.warmup_steps": 0, "preference.hp.beta": 0.1, "preference.hp.cost_weight": 0.5,
-  "preference.parts_before": 0, "preference.tail": 0, "preference.samples": 4, "interaction.critic": "policy",
+  "preference.parts_before": 0, "preference.tail": 0, "preference.samples": 4, "preference.both_failed": False,
+  "preference.margin": 0.05, "preference.pairs_per_start": 4, "interaction.critic": "policy",
   "interaction.steps": 80, "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95,
   "interaction.hp.value_clip": 0.2, "interaction.optimiser.clip_norm": 10.0, "evaluation.temperature": 0.6,
 }  # fmt: skip
