@@ -219,9 +219,8 @@ import gymnasium as gym, mani_skill.envs, numpy as np, torch
 env_id, start, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 env = gym.make(env_id, num_envs=1, sim_backend="physx_cpu", render_backend="cpu", obs_mode="rgb+segmentation")
 e = env.unwrapped
-source, target = e.objs[e.source_obj_name], e.objs[e.target_obj_name]
 def record():
-  robot = e.agent.robot
+  robot, source, target = e.agent.robot, e.objs[e.source_obj_name], e.objs[e.target_obj_name]
   return np.concatenate([robot.links_map["ee_gripper_link"].pose.raw_pose[0], source.pose.raw_pose[0],
     target.pose.raw_pose[0], source.linear_velocity[0], source.angular_velocity[0], robot.get_qpos()[0],
     e.agent.is_grasping(source), e.evaluate()["success"]]).astype(np.float32)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from stare_jax.sims import lite
 from stare_jax.sims.maniskill import _COMMON, ManiSkill
 
 _CAMERA = "3rd_view_camera"
@@ -81,18 +82,37 @@ class Bridge(ManiSkill):
   def _bind(self) -> None:
     self._env._obs_mode = "none"  # a reset need not draw what nobody reads
     super()._bind()
+    self._sink: np.ndarray | None = None
     if self._mesh_ratio is not None:
-      self._lighten(self._mesh_ratio)
+      self._lighten()
     if self._draw:
       self._background = _photograph(self._env.rgb_overlay_paths[_CAMERA], self._frame)
 
-  def _lighten(self, ratio: float) -> None:
-    """Draws less of what the photograph replaces: no table, and a coarse sink, which can still hide the eggplant."""
-    from stare_jax.sims import lite
+  def _lighten(self) -> None:
+    """Draws nothing of what the photograph replaces; the sink, which can hide the eggplant, once for its depth."""
+    actors = self._env.scene.actors
+    lite.show(actors["arena"], False)
+    if "sink" in actors and self._draw:
+      self._sink = self._depth_alone(actors["sink"])
+      lite.show(actors["sink"], self._sink is None)
 
-    lite.undraw(self._env.scene.actors["arena"])
-    if "sink" in self._env.scene.actors:
-      lite.simplify(self._env.scene.actors["sink"], ratio)
+  def _depth_alone(self, actor: Any) -> np.ndarray | None:
+    """[H, W]: the camera's z where it would see `actor` if there were nothing else, as `_labels` gives it.
+
+    It holds for as long as neither moves. What lies behind it is then told by a comparison instead of by drawing it
+    with every picture: at 640 x 480 in software, 16 of 28 ms.
+    """
+    entities = [entity for scene in self._env.scene.sub_scenes for entity in scene.entities]
+    bodies = [body for entity in entities if entity not in actor._objs and (body := lite.render_body(entity))]
+    before = [body.visibility for body in bodies]
+    for body in bodies:
+      body.visibility = 0
+    super()._picture()
+    label, z = self._labels()
+    for body, visibility in zip(bodies, before, strict=True):
+      body.visibility = visibility
+    far = np.iinfo(np.int16).min
+    return None if z is None else np.where(label == actor._objs[0].per_scene_id, z, far)
 
   def _before_start(self) -> None:
     """The start state settles in physics steps, as in a scene just built: bodies awake, the robot as it is loaded.
@@ -128,17 +148,25 @@ class Bridge(ManiSkill):
     """uint8[H, W, 3]: the robot and the objects before the photograph, in the size of the frame."""
     import cv2
 
-    drawn = np.ascontiguousarray(super()._picture())
+    drawn = super()._picture()
+    label, z = self._labels()
     kept = np.zeros(np.iinfo(np.uint16).max + 1, np.uint8)
     kept[self._kept()] = 1
-    return cv2.copyTo(drawn, kept[self._labels()], self._background.copy())
+    mask = kept[label]
+    if self._sink is not None:
+      mask &= z >= self._sink
+    return cv2.copyTo(drawn, mask, self._background.copy())
 
-  def _labels(self) -> np.ndarray:
-    """int[H, W]: which entity each pixel of the last picture shows."""
+  def _labels(self) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of the last picture, int[H, W] each: the entity that a pixel shows, and the camera's z of it if the shader says.
+
+    z is negative and grows towards the camera; millimetres with the minimal shader.
+    """
     names = self._camera.get_picture_names()
-    if "PositionSegmentation" in names:  # the minimal shader's
-      return self._camera.get_picture("PositionSegmentation")[..., 3]
-    return self._camera.get_picture("Segmentation")[..., 1]
+    if "PositionSegmentation" in names:
+      found = self._camera.get_picture("PositionSegmentation")
+      return found[..., 3], found[..., 2]
+    return self._camera.get_picture("Segmentation")[..., 1], None
 
   def _kept(self) -> list[int]:
     """Labels of what the photograph does not replace; an entity gets a new one in every new scene."""

@@ -84,39 +84,18 @@ def _decimate(path: pathlib.Path, ratio: float) -> None:
   lighter.export(path)
 
 
-def undraw(actor: Any) -> None:
-  """Takes an actor out of every picture; its collision shapes stay."""
+def render_body(entity: Any) -> Any:
+  """What the renderer draws of a SAPIEN entity, or None."""
   import sapien.render
 
+  return entity.find_component_by_type(sapien.render.RenderBodyComponent)
+
+
+def show(actor: Any, visible: bool) -> None:
+  """Puts an actor into every picture or takes it out; its collision shapes stay."""
   for entity in actor._objs:
-    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-    if body is not None:
-      body.visibility = 0
-
-
-def simplify(actor: Any, ratio: float) -> None:
-  """Draws an actor that is already built with `ratio` of its triangles, without texture coordinates."""
-  import sapien.render
-  import trimesh
-
-  for entity in actor._objs:
-    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-    light = sapien.render.RenderBodyComponent()
-    for shape in body.render_shapes:
-      for part in shape.parts:
-        mesh = trimesh.Trimesh(part.vertices * shape.scale, part.triangles, process=False)
-        mesh.merge_vertices(merge_norm=True, merge_tex=True)
-        if len(mesh.faces) > _MIN_FACES:
-          faces = max(_MIN_FACES, int(len(mesh.faces) * ratio))
-          mesh = mesh.simplify_quadric_decimation(face_count=faces, aggression=4)
-        drawn = sapien.render.RenderShapeTriangleMesh(
-          vertices=mesh.vertices, triangles=mesh.faces, normals=mesh.vertex_normals,
-          uvs=np.zeros((len(mesh.vertices), 2)), material=part.material,
-        )  # fmt: skip
-        drawn.local_pose = shape.local_pose
-        light.attach(drawn)
-    entity.remove_component(body)
-    entity.add_component(light)
+    if (body := render_body(entity)) is not None:
+      body.visibility = float(visible)
 
 
 def enable(ratio: float) -> None:

@@ -256,10 +256,13 @@ class ManiSkill:
   # ------------------------------------------------------------------------------------------------ what it shows
 
   def _picture(self) -> np.ndarray:
+    import cv2
+
     self._env.scene.update_render(update_sensors=True, update_human_render_cameras=False)
     self._camera.take_picture()
-    picture = self._camera.get_picture("Color")[..., :3]
-    return picture if picture.dtype == np.uint8 else (picture * 255).astype(np.uint8)
+    picture = self._camera.get_picture("Color")
+    picture = picture if picture.dtype == np.uint8 else (picture * 255).astype(np.uint8)
+    return cv2.cvtColor(picture, cv2.COLOR_RGBA2RGB)
 
   def _signals(self) -> np.ndarray:
     """float32[S] in the order of `episode.SIGNALS`."""
