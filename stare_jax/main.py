@@ -9,8 +9,8 @@ A run of several processes (docs/launching.md) starts this in each of them, with
   --distributed=auto                                            TPU pods, Slurm, Open MPI: JAX finds the others
   --distributed=HOST:PORT --num_processes=N --process_id=I      anywhere else; HOST is where process 0 runs
 
-Status 0: finished or stopped; 2: a mistake in the input, a full disk or a refused update, with one message that says
-what to do; 3: another process of the run is gone.
+Status 0: finished; 75: stopped by a signal, and the same command continues; 2: a mistake in the input, a full disk or a
+refused update, with one message that says what to do; 3: another process of the run is gone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags
 from ml_collections import config_flags
 
+STOPPED = 75  # sysexits' EX_TEMPFAIL: what starts runs may start this one again, which 0 would call finished
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/ipi.py.", lock_config=True)
 log = logging.getLogger("stare_jax")
 WORKDIR = flags.DEFINE_string("workdir", "", "The run folder; by default runs/<task>-<preset>-seed<seed>.")
@@ -41,7 +43,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds of silence until a process counts as lost.", lower_bound=5)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
   # absl has put its own handler and level there; ours is plain, and the libraries' chatter stays at warnings.
   logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
   log.setLevel(logging.INFO)
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> None:
     why = signal.Signals(stopping[0]).name if stopping else "a signal to another process"
     log.info("stopped on %s; the same command continues from the last checkpoint", why)
     processes.leave()
-    return
+    return STOPPED
   except pipeline.USER_ERRORS as error:
     name = "error.log" if processes.first() else f"error-{processes.index()}.log"
     with contextlib.suppress(OSError):  # for whoever must find out where it came from
@@ -89,10 +91,10 @@ def main(argv: list[str]) -> None:
     processes.leave(1, describe(error), traceback.format_exc())
     raise
   processes.leave()
-  if not processes.first():
-    return
-  print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
-        f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
+  if processes.first():
+    print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
+          f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
+  return 0
 
 
 def wrong_processes(address: str, count: int | None, index: int | None) -> str:

@@ -12,6 +12,8 @@ import sys
 import pytest
 import yaml
 
+from stare_jax import main
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -47,16 +49,18 @@ def checkout(folder: pathlib.Path) -> pathlib.Path:
   shutil.copytree(LAUNCH, folder / "launch")
   (folder / "launch" / "setup.sh").write_text('echo "setup $STARE_ACCELERATOR $*" >>"$CALLS"\n')
   (folder / ".venv" / "bin").mkdir(parents=True)
-  fake(folder / ".venv" / "bin", "python", 'printf "%q " .venv/bin/python "$@" >>"$CALLS"; echo >>"$CALLS"')
+  fake(folder / ".venv" / "bin", "python", """
+printf "%q " .venv/bin/python "$@" >>"$CALLS"; echo >>"$CALLS"
+for i in ${STATUS:-}; do [ "$i" = "${SLURM_PROCID:-0}:${i#*:}" ] && exit "${i#*:}"; done; exit 0""")
   return folder
 
 
-def run(script: pathlib.Path, cwd: pathlib.Path, *arguments: str, **variables: str) -> list[list[str]]:
-  """The commands that were called, as words."""
+def run(script: pathlib.Path, cwd: pathlib.Path, *arguments: str, status: int = 0, **variables: str) -> list[list[str]]:
+  """The commands that were called, as words; the script ends with `status`."""
   calls = cwd / "calls"
   env = {"PATH": f"{cwd / 'bin'}:/usr/bin:/bin", "HOME": str(cwd), "CALLS": str(calls), **variables}
   done = subprocess.run(["bash", str(script), *arguments], cwd=cwd, env=env, capture_output=True, text=True)
-  assert done.returncode == 0, done.stdout + done.stderr
+  assert done.returncode == status, done.stdout + done.stderr
   return [shlex.split(line) for line in calls.read_text().splitlines()]
 
 
@@ -83,18 +87,32 @@ def test_one_gpu(tmp_path):
   assert (found["distributed"], found["preset"], found["seed"], found["workdir"]) == ("off", "smoke", 5, "")
 
 
-def test_slurm_starts_one_process_per_node_with_its_number(tmp_path):
-  """A stand-in for srun starts the tasks one after another, with the variables that Slurm gives each."""
-  here = checkout(tmp_path)
+def slurm(folder: pathlib.Path) -> pathlib.Path:
+  """A checkout with a stand-in for srun, which starts the tasks one after another with the variables that Slurm gives
+  each and ends with the highest status; that of task i is where STATUS says i:status."""
+  here = checkout(folder)
   (here / "bin").mkdir()
-  fake(here / "bin", "scontrol", '[ "$1 $2 $3" = "show hostnames gpu[07-09]" ] && printf "gpu07\\ngpu08\\ngpu09\\n"')
+  fake(here / "bin", "scontrol", """
+if [ "$1" = requeue ]; then printf "%q " scontrol "$@" >>"$CALLS"; echo >>"$CALLS"
+else [ "$1 $2 $3" = "show hostnames gpu[07-09]" ] && printf "gpu07\\ngpu08\\ngpu09\\n"; fi""")
   fake(here / "bin", "srun", """
-tasks=$SLURM_NTASKS
+tasks=$SLURM_NTASKS worst=0
 while [[ $1 == -* ]]; do case $1 in --ntasks=*) tasks=${1#*=} ;; esac; shift; done
-for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i "$@" || exit; done""")
+for ((i = 0; i < tasks; i++)); do
+  status=0; SLURM_PROCID=$i "$@" || status=$?; ((status > worst)) && worst=$status
+done
+exit $worst""")
+  return here
+
+
+SLURM = dict(SLURM_JOB_NODELIST="gpu[07-09]", SLURM_NTASKS="3", SLURM_JOB_ID="4711")
+
+
+def test_slurm_starts_one_process_per_node_with_its_number(tmp_path):
+  here = slurm(tmp_path)
   calls = run(
     here / "launch" / "slurm.sbatch", here, "--config.seed=5", "--config.sim.num_envs=36", SLURM_SUBMIT_DIR=str(here),
-    SLURM_JOB_NODELIST="gpu[07-09]", SLURM_NTASKS="3", WORKDIR="runs/with a space",
+    WORKDIR="runs/with a space", **SLURM,
   )  # fmt: skip
   assert calls[:4] == [["setup", "cuda13", "--no-rendering"], *[["setup", "cuda13"]] * 3]
   found = [understood(["main", *command_of(call)]) for call in calls[4:]]
@@ -102,6 +120,26 @@ for ((i = 0; i < tasks; i++)); do SLURM_PROCID=$i "$@" || exit; done""")
   for f in found:
     assert (f["distributed"], f["num_processes"], f["wrong"]) == ("gpu07:8476", 3, "")
     assert (f["workdir"], f["seed"]) == ("runs/with a space", 5)
+
+
+@pytest.mark.parametrize("statuses, requeue, status, again", [
+  ("0:75 1:75 2:75", "1", 75, True),  # the time limit: all wrote a checkpoint
+  ("0:75 1:75 2:75", "0", 75, False),
+  ("0:3 1:137 2:3", "1", 137, False),  # one was killed
+  ("0:2 1:3 2:3", "1", 3, False),  # a mistake comes again
+])
+def test_slurm_queues_a_stopped_run_again(tmp_path, statuses, requeue, status, again):
+  here = slurm(tmp_path)
+  script = here / "launch" / "slurm.sbatch"
+  calls = run(script, here, SLURM_SUBMIT_DIR=str(here), STATUS=statuses, REQUEUE=requeue, status=status, **SLURM)
+  assert len([call for call in calls if "stare_jax.main" in call]) == 3  # one that ends does not end the others
+  assert (calls[-1] == ["scontrol", "requeue", "4711"]) == again
+  assert again or "scontrol" not in {call[0] for call in calls}
+  options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.read_text().splitlines()
+                 if line.startswith("#SBATCH"))  # fmt: skip
+  assert "requeue" in options and options["open-mode"] == "append" and options["signal"].startswith("TERM@")
+  (started,) = re.findall(r"^srun --kill-on-bad-exit=0 --wait=(\d+)", script.read_text(), re.MULTILINE)
+  assert int(started) > main.HEARTBEAT.default  # by then the others have noticed one that fell silent
 
 
 def test_tpu_workers_get_one_command(tmp_path):
@@ -139,6 +177,15 @@ def test_jobset_pods_form_one_run():
   env = {entry["name"]: entry["value"] for entry in container["env"]}
   assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] == int(env["NUM_PROCESSES"])
   assert replicated["replicas"] == 1 and job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+  # Status 75 of any pod fails the job for a reason of its own, by which the JobSet starts it again without counting.
+  (stopped,) = job["podFailurePolicy"]["rules"]
+  assert stopped["action"] == "FailJob" and stopped["onExitCodes"] == {
+    "containerName": container["name"], "operator": "In", "values": [main.STOPPED]
+  }
+  policy = jobset["spec"]["failurePolicy"]
+  (again,) = policy["rules"]
+  assert again == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+  assert policy["maxRestarts"] > 0 and pod["terminationGracePeriodSeconds"] >= 60
   # The name of pod 0 follows from the names here; the service behind it is made where enableDNSHostnames says so.
   network = jobset["spec"]["network"]
   host, port = env["COORDINATOR"].split(":")

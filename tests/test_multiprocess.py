@@ -168,13 +168,13 @@ def test_sigterm_on_one_stops_all_at_one_update_and_any_number_continues(tmp_pat
   with Together(workdir, env) as run:
     run.wait_for(lambda: rows(workdir, "imitation") >= 2)
     run.processes[1].send_signal(signal.SIGTERM)
-    run.finish()
+    run.finish(main.STOPPED)  # all of them: a drained pod must not look finished, nor the others failed
     assert "stopped on a signal to another process" in run.said(0)
     assert checkpoint.latest(workdir / "checkpoints" / "imitation") == rows(workdir, "imitation")
   with Together(workdir, env) as run:
     run.wait_for(lambda: rows(workdir, "interaction") >= 1)
     run.processes[0].send_signal(signal.SIGTERM)
-    run.finish()
+    run.finish(main.STOPPED)
     assert "stopped on SIGTERM" in run.said(0)
     assert checkpoint.latest(workdir / "checkpoints" / "interaction") == rows(workdir, "interaction")
   shutil.copytree(workdir, tmp_path / "alone")

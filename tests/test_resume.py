@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
-from stare_jax import checkpoint
+from stare_jax import checkpoint, main
 from tests import toy_run
 
 pytestmark = pytest.mark.multiprocess
@@ -92,16 +92,17 @@ def test_killed_once(tmp_path, toy_environment, uninterrupted, point):
   assert toy_run.results(workdir) == toy_run.results(uninterrupted)
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_with_status_0(tmp_path, toy_environment, uninterrupted):
+def test_sigterm_writes_a_checkpoint_and_ends_with_a_status_of_its_own(tmp_path, toy_environment, uninterrupted):
+  assert main.STOPPED == 75  # launch/ and whoever else starts runs go by the number
   workdir = tmp_path / "run"
   launch = Launch(workdir, toy_environment)
   assert launch.wait_for(lambda: rows(workdir, "imitation") >= 1), launch.log.read_text()
-  assert launch.signal(signal.SIGTERM) == 0, launch.log.read_text()
+  assert launch.signal(signal.SIGTERM) == main.STOPPED, launch.log.read_text()
   assert "stopped on SIGTERM" in launch.log.read_text()
   assert checkpoint.latest(workdir / "checkpoints/imitation") == rows(workdir, "imitation")
   launch = Launch(workdir, toy_environment)
   assert launch.wait_for(lambda: rows(workdir, "preference") >= 1), launch.log.read_text()
-  assert launch.signal(signal.SIGTERM) == 0
+  assert launch.signal(signal.SIGTERM) == main.STOPPED
   assert (workdir / "report.html").exists()  # there is an evaluation to read
   finish(workdir, toy_environment)
   assert toy_run.results(workdir) == toy_run.results(uninterrupted)

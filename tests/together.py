@@ -54,8 +54,9 @@ class Together:
     """The exit statuses."""
     return [process.wait() for process in self.processes]
 
-  def finish(self) -> None:
-    assert self.wait() == [0] * len(self.processes), self.everything()
+  def finish(self, status: int = 0) -> None:
+    """Waits until all have ended, with this status."""
+    assert self.wait() == [status] * len(self.processes), self.everything()
 
   def simulators(self, i: int) -> set[int]:
     """The simulator workers of process i that run now."""
