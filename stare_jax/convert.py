@@ -1,7 +1,7 @@
 """Public OpenVLA folders to checkpoints of a run, and back.
 
   python -m stare_jax.convert --to-orbax FOLDER OUT [--unnorm-key bridge_orig]
-      OUT is then a starting point: --config.init_from=OUT
+      OUT is then a starting point: --config.init_from=OUT. It carries sizes and tokenizer; FOLDER is not needed then
   python -m stare_jax.convert --to-public RUN/checkpoints/imitation OUT --source FOLDER [--dataset my_task]
       OUT is a folder like FOLDER, with the weights and action statistics of the run; its adapters are merged
   python -m stare_jax.convert --to-peft RUN/checkpoints/imitation OUT --source FOLDER
@@ -41,19 +41,22 @@ def to_orbax(
 ) -> pathlib.Path:
   """Writes checkpoint 0 of the folder's parameters and action statistics into `out`, which must not hold any yet.
 
-  A value head that the folder does not have starts anew. dtype: None keeps the files'. Returns the checkpoint's folder.
+  The folder's sizes and tokenizer.json, if it has one, go with it (`pipeline_policy`). A value head that the folder does
+  not have starts anew. dtype: None keeps the files'. Returns the checkpoint's folder.
   """
   if checkpoint.steps(out):
     raise CheckpointError(f"{out} holds checkpoints already; name a new folder")
   dataset, stats = openvla_config.read_statistics(folder, unnorm_key)
   options = {} if dtype is None else {"param_dtype": dtype}
   config = openvla_files.folder_config(folder, {"action_size": len(stats.q01), **options})
+  if (pathlib.Path(folder) / pipeline_policy.TOKENIZER).exists():
+    config = dataclasses.replace(config, start=openvla_config.read_tokenizer(folder, config).start)
   params = openvla_files.read_params(folder, config)
   params["value"] = jax.tree.map(lambda x: x.astype(config.param_dtype), params["value"])  # as Policy.init has it
   meta = {
     "phase": "public", "iteration": 0, "env_steps": 0, "seconds": 0.0, "starts_from": "", "dataset": dataset,
     "action_stats": {name: np.asarray(x).tolist() for name, x in stats._asdict().items()},
-    "policy": dataclasses.asdict(config),
+    **pipeline_policy.carry(pathlib.Path(folder), pathlib.Path(out), config),
   }  # fmt: skip
   return checkpoint.save(out, 0, {"params": params}, meta)
 

@@ -3,12 +3,17 @@
 A frozen base is read once and shared by all phases, by the state and by whatever it is compared with. Where it comes
 from `policy.checkpoint`, a run's checkpoints hold what is trained, the optimiser and a digest of that folder, and the
 base is read from there again.
+
+The checkpoints of a policy that came from a public folder carry its sizes (in their meta, as "policy") and, beside
+them, its tokenizer.json: another run may start from them alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -16,9 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stare_jax import checkpoint, policies, processes, sharding, train
+from stare_jax.config import OF_A_CHECKPOINT, ConfigError
 from stare_jax.policies import action_stats, lora, openvla, openvla_config, openvla_files, openvla_names, tensor_files
+from stare_jax.policies import sizes as openvla_sizes
 
 SAMPLE = 4096  # bytes of each tensor that go into the digest of a folder
+TOKENIZER = "tokenizer.json"
 
 
 def make_policy(config: Any, stats: policies.ActionStats) -> policies.Policy:
@@ -27,9 +35,57 @@ def make_policy(config: Any, stats: policies.ActionStats) -> policies.Policy:
   options = c.options.to_dict()  # a ConfigDict is no Mapping
   if c.checkpoint:
     policy = openvla_files.make_policy(c.checkpoint, stats=stats, **options)
+  elif carried := described(config):
+    policy = _of_checkpoints(carried, stats, options)
   else:
-    policy = policies.make(c.name, size=c.size, stats=stats, image_size=config.sim.image_size, **options)
+    options["image_size"] = config.sim.image_size
+    if c.name == "openvla" and not openvla_sizes.configure(c.size, options).word_tokenizer:
+      start = f"{config.init_from} carries none: " if config.init_from else ""
+      raise ConfigError(
+        f'policy.size = "{c.size}" needs the tokenizer of a public checkpoint. {start}name its folder with '
+        f"--config.policy.checkpoint=FOLDER, or start with --config.init_from from what `python -m stare_jax.convert "
+        f"--to-orbax FOLDER` wrote"
+      )
+    policy = policies.make(c.name, size=c.size, stats=stats, **options)
   return lora.wrap(policy, adapters(config, policy)) if c.lora.rank else policy
+
+
+def described(config: Any) -> pathlib.Path | None:
+  """The folder that says what the policy is: a public one, or checkpoints that carry it; None where the config does."""
+  start = pathlib.Path(config.init_from)
+  if config.policy.checkpoint:
+    return pathlib.Path(config.policy.checkpoint)
+  carries = config.init_from and (start / TOKENIZER).exists() and "policy" in checkpoint.read_meta(start)
+  return start if carries else None
+
+
+def _of_checkpoints(folder: pathlib.Path, stats: policies.ActionStats, options: dict[str, Any]) -> policies.Policy:
+  """The policy that checkpoints carry. Raises: ConfigError where the options contradict them."""
+  if known := [name for name in OF_A_CHECKPOINT if name in options]:
+    raise ConfigError(f'policy.options.{known[0]} = {options[known[0]]} and init_from = "{folder}": sizes and '
+                      f"vocabulary come from the checkpoint; choose a preset without policy.options.{', '.join(known)}")
+  sizes = openvla_sizes.override(openvla_sizes.SEVEN_B, checkpoint.read_meta(folder)["policy"])
+  dtype = options.get("param_dtype", sizes.param_dtype)
+  if dtype != sizes.param_dtype:
+    raise ConfigError(f'policy.options.param_dtype = {dtype}, and init_from = "{folder}" holds {sizes.param_dtype}: '
+                      f"convert the public folder again with --dtype {dtype}, or choose {sizes.param_dtype} here")
+  sizes = openvla_sizes.override(sizes, options)
+  return openvla.make(size=sizes, stats=stats, tokenizer=openvla_config.read_tokenizer(folder, sizes))
+
+
+def carry(source: pathlib.Path | None, folder: pathlib.Path, policy: openvla_sizes.Config) -> dict[str, Any]:
+  """What the meta of checkpoints in `folder` has to hold of a policy from `source`; its tokenizer goes beside them.
+
+  Nothing of a policy that the configuration describes.
+  """
+  if source is None or not (source / TOKENIZER).exists():
+    return {}
+  if processes.first() and not (folder / TOKENIZER).exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    half = folder / f"{checkpoint.TMP}{TOKENIZER}"
+    shutil.copyfile(source / TOKENIZER, half)
+    half.rename(folder / TOKENIZER)
+  return {"policy": dataclasses.asdict(policy)}
 
 
 def adapters(config: Any, policy: policies.Policy) -> lora.Lora:

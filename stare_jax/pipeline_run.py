@@ -29,7 +29,7 @@ from stare_jax import (
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.pipeline_check import resolved
-from stare_jax.pipeline_policy import Base, folder_statistics, make_policy, table
+from stare_jax.pipeline_policy import Base, carry, described, folder_statistics, make_policy, table
 from stare_jax.policies import action_stats
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
@@ -220,7 +220,7 @@ def advance_until(
     stats = {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()}
     meta = dict(
       phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats, starts_from=origin,
-      base=run.base.digest,
+      base=run.base.digest, **carry(described(run.config), folder, run.policy.config),
     )  # fmt: skip
     kept = run.base.saved(run.policy, state)
     written = checkpoint.save(folder, i, kept, meta, config=fields, keep=run.config.checkpoint.keep)

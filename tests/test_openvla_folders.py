@@ -7,13 +7,18 @@ import pathlib
 import shutil
 import struct
 
+import jax
+import ml_collections
 import numpy as np
+import optax
 import public_model as public
 import pytest
 
-from stare_jax import policies
+from stare_jax import checkpoint, convert, pipeline_run, policies, sharding, train
 from stare_jax.checkpoint import CheckpointError
+from stare_jax.config import ConfigError
 from stare_jax.policies import openvla, openvla_config, openvla_files, tensor_files
+from tests import toy_run
 
 FUSED = [public.DINO, public.SIGLIP]
 TENSORS = public.draw(public.public_shapes(FUSED))
@@ -242,3 +247,77 @@ def test_a_folder_that_is_not_there(tmp_path):
     tensor_files.read_folder(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="unknown policy 'opnvla'; did you mean 'openvla'"):
     policies.load(tmp_path, name="opnvla")
+
+
+# A run from a converted folder -----------------------------------------------------------------------------
+
+
+def run_from(start: pathlib.Path, workdir: pathlib.Path, rank: int = 0, **options) -> pipeline_run.Run:
+  """A run whose configuration names a starting point and nothing of the policy but these options."""
+  config = toy_run.get_config()
+  config.policy.lora.rank = rank
+  config.phases, config.init_from = ("preference",), str(start)
+  config.policy.size, config.sim.image_size = "7b", 224
+  with config.unlocked():
+    config.policy.options = ml_collections.ConfigDict(dict(prompt_length=96, **options))
+  return pipeline_run.Run(config, workdir)
+
+
+def equal(a, b) -> None:
+  same = lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+  assert jax.tree.structure(a) == jax.tree.structure(b) and all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  one = jax.devices()[:1]
+  monkeypatch.setattr(sharding, "make_mesh", lambda sizes=None, make=sharding.make_mesh: make(dict(data=1), one))
+  jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_converted_folder_is_all_that_a_run_needs(folder, tmp_path, one_device):
+  """Sizes, vocabulary and prompts of the public folder, which may be gone; and what that run saves is as complete."""
+  policy, params = openvla_files.load(folder, prompt_length=96)
+  params["value"] = jax.tree.map(lambda x: x.astype("bfloat16"), params["value"])
+  assert convert.main(["--to-orbax", str(folder), str(tmp_path / "start")]) == 0
+  folder.rename(tmp_path / "elsewhere")
+  run = run_from(tmp_path / "start", tmp_path / "first")
+  started = pipeline_run.starting_params(run, "preference")
+  assert run.policy.config == policy.config
+  equal(started, params)
+  frames = np.full((1, 8, 8, 3), 7, np.uint8)
+  for ours, theirs in zip(run.obs(frames), policy.encode(frames, [run.task.instruction]), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+  state = train.new_state(started, optax.sgd(0.0), mesh=run.mesh)
+  options = dict(total=1, every=1, unit="update", show=())
+  pipeline_run.advance_until(run, "preference", state, lambda state, i: (state, {"loss": 0.0}), **options)
+  run.close()
+  shutil.rmtree(tmp_path / "start")
+  saved = tmp_path / "first" / "checkpoints" / "preference"
+  again = run_from(saved, tmp_path / "second", remat="none")
+  equal(pipeline_run.starting_params(again, "preference"), started)
+  assert (again.policy.config.llm_width, again.policy.config.remat) == (policy.config.llm_width, "none")
+  np.testing.assert_array_equal(again.obs(frames).prompt, run.obs(frames).prompt)
+
+  with pytest.raises(ConfigError, match="param_dtype = float32, and init_from = .* holds bfloat16: .*--dtype float32"):
+    run_from(saved, tmp_path / "third", param_dtype="float32")
+  with pytest.raises(ConfigError, match="policy.options.llm_width = 16 and init_from = .*sizes and vocabulary come"):
+    run_from(saved, tmp_path / "third", llm_width=16)
+
+
+def test_adapters_start_on_a_converted_folder(folder, tmp_path, one_device):
+  _, params = openvla_files.load(folder)
+  convert.to_orbax(folder, tmp_path / "start")
+  run = run_from(tmp_path / "start", tmp_path / "run", rank=2)
+  started = pipeline_run.starting_params(run, "preference")
+  equal(started["base"], {name: x for name, x in params.items() if name != "value"})
+  assert started["lora"] and run.policy.trainable("lora/llm/head/a")
+
+
+def test_checkpoints_without_a_tokenizer_name_the_way(tmp_path, one_device):
+  checkpoint.save(tmp_path / "start", 0, {"params": {"w": np.ones(2)}}, {"action_stats": {}})
+  with pytest.raises(ConfigError, match=r'"7b" needs the tokenizer .*start carries none: .*--config.policy.checkpoint='):
+    run_from(tmp_path / "start", tmp_path / "run")
