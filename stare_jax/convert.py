@@ -41,8 +41,8 @@ def to_orbax(
 ) -> pathlib.Path:
   """Writes checkpoint 0 of the folder's parameters and action statistics into `out`, which must not hold any yet.
 
-  The folder's sizes and tokenizer.json, if it has one, go with it (`pipeline_policy`). A value head that the folder does
-  not have starts anew. dtype: None keeps the files'. Returns the checkpoint's folder.
+  The folder's sizes and tokenizer.json, if it has one, go with it (`pipeline_policy`). A value head that the folder
+  does not have starts anew. dtype: None keeps the files'. Returns the checkpoint's folder.
   """
   if checkpoint.steps(out):
     raise CheckpointError(f"{out} holds checkpoints already; name a new folder")

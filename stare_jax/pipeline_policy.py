@@ -218,11 +218,23 @@ def _placed(abstract: Any, axes: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
 
 
-def table(policy: policies.Policy, params: Any, mesh: Mesh) -> str:
-  """What start-up prints of the parameters (arrays or shapes): see sharding.table; and how many are trained."""
-  places = sharding.shardings(params, policy.param_axes, mesh)
-  text = sharding.table(params, places, mesh)
+def table(policy: policies.Policy, params: Any, mesh: Mesh, tx: Any, critic: Any = None) -> str:
+  """What start-up prints of a run's state: see sharding.table; and how many parameters are trained.
+
+    params: shapes, or arrays. tx: the optimiser, whose moments every phase has.
+    critic: shapes of the state's own (`train_critic`), with its moments, if a phase trains one.
+  """
+  state = train.abstract_state(
+    params, tx, mesh=mesh, param_axes=policy.param_axes, critic=critic, trainable=policy.trainable
+  )  # fmt: skip
+  trained = train.split(state.params, policy.trainable)[0]
+  more = {"  value head": trained["value"]} if "value" in trained else {}
+  more["moments"] = [x for x in jax.tree.leaves(state.opt) if x.ndim]  # but not the counters
+  if critic is not None:
+    more["critic"] = [x for x in jax.tree.leaves(state.critic) if x.ndim]
+  places = jax.tree.map(lambda x: x.sharding, state.params)
+  text = sharding.table(params, places, mesh, more=more)
   if policy.trainable is None:
     return text
-  count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(train.split(params, policy.trainable)[0]))
+  count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(trained))
   return f"{text}\ntrained      {count:,}; the rest is frozen"

@@ -25,6 +25,7 @@ from stare_jax import (
   sims,
   tasks,
   train,
+  train_critic,
 )
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
@@ -119,8 +120,20 @@ class Run:
     self.act = compile_act(self.policy)
     self.param_axes = self.policy.param_axes if self.mesh.size > 1 else None
     if not self._announced:
-      log.info("%s", table(self.policy, jax.eval_shape(self.policy.init, self.key), self.mesh))
+      log.info("%s", self.table())
       self._announced = True
+
+  def table(self) -> str:
+    """What the state of this run's phases takes on each device, and what of it is not cut."""
+    from stare_jax import pipeline_interaction, pipeline_updates  # of which the first imports this module
+
+    c, phase = self.config, self.config.phases[0]
+    tx = pipeline_updates.optimizer(c[phase], c[phase].iterations if phase == "interaction" else c[phase].updates)
+    critic = None
+    if "interaction" in c.phases and c.interaction.critic == "state":
+      features = pipeline_interaction.num_features(self)
+      critic = jax.eval_shape(functools.partial(train_critic.init, features=features), self.key)
+    return table(self.policy, jax.eval_shape(self.policy.init, self.key), self.mesh, tx, critic)
 
   def obs(self, images: np.ndarray) -> policies.Obs:
     """What the policy sees of images uint8[N, H, W, 3] under the task's instruction."""

@@ -277,25 +277,40 @@ def local_copy(tree: Any, param_axes: ParamAxes | None) -> Any:
   return jax.tree_util.tree_map_with_path(copy, tree)
 
 
-def table(params: Any, places: Any, mesh: Mesh, *, rows: int = 12) -> str:
-  """What start-up prints: the mesh, bytes on each device, and the largest parameters that are not cut."""
-  total = on_device = 0
+def _sizes(tree: Any, places: Any) -> tuple[int, int, int, list[tuple[int, str, tuple[int, ...]]]]:
+  """(numbers, bytes, bytes on each device, the leaves that are whole on every device)."""
+  count = total = on_device = 0
   whole = []
-  for (path, x), place_ in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(places), strict=True):
+  for (path, x), where in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(places), strict=True):
     item = np.dtype(x.dtype).itemsize
-    size, local = math.prod(x.shape) * item, math.prod(place_.shard_shape(tuple(x.shape))) * item
-    total, on_device = total + size, on_device + local
+    size, local = math.prod(x.shape) * item, math.prod(where.shard_shape(tuple(x.shape))) * item
+    count, total, on_device = count + math.prod(x.shape), total + size, on_device + local
     if local == size:
       whole.append((size, path_name(path), tuple(x.shape)))
-  count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  return count, total, on_device, whole
+
+
+def table(params: Any, places: Any, mesh: Mesh, *, rows: int = 12, more: Mapping[str, Any] | None = None) -> str:
+  """What start-up prints: the mesh, bytes on each device, and what is not cut, with the largest such parameters.
+
+  more: other parts of the state by name, trees of shapes with their sharding, such as the optimiser's moments; a part
+  whose name is indented belongs to the one before and is not counted again.
+  """
+  mib = lambda size, digits=1: f"{size / 2**20:,.{digits}f} MiB"
+  parts = {"parameters": _sizes(params, places)}
+  parts |= {name: _sizes(tree, jax.tree.map(lambda x: x.sharding, tree)) for name, tree in (more or {}).items()}
   shape = " x ".join(f"{name} {mesh.shape[name]}" for name in mesh.axis_names)
-  lines = [
-    f"mesh         {shape} = {mesh.size} {mesh.devices.flat[0].platform} devices",
-    f"parameters   {count:,} in {total / 2**20:.1f} MiB; {on_device / 2**20:.1f} MiB on each device",
-  ]
+  lines = [f"mesh         {shape} = {mesh.size} {mesh.devices.flat[0].platform} devices"]
+  for name, (count, total, on_device, _) in parts.items():
+    lines.append(f"{name:12} {count:,} in {mib(total)}; {mib(on_device)} on each device")
+  own = {name: sizes for name, sizes in parts.items() if not name.startswith(" ")}
+  if len(own) > 1:
+    together = sum(on_device for _, _, on_device, _ in own.values())
+    lines.append(f"together     {mib(together)} on each device, beside gradients and activations")
   if mesh.size > 1:
-    uncut = sum(size for size, *_ in whole)
-    lines.append(f"replicated   {uncut / 2**20:.2f} MiB ({100 * uncut / max(total, 1):.1f} % of the parameters)")
-    largest = sorted(whole, key=lambda row: (-row[0], row[1]))[:rows]
+    uncut = {name: (sum(size for size, *_ in whole), total) for name, (_, total, _, whole) in own.items()}
+    share = lambda size, total: f"{mib(size, 2)} ({100 * size / max(total, 1):.1f} %)"
+    lines.append(f"replicated   {', '.join(f'{share(*sizes)} of the {name}' for name, sizes in uncut.items())}")
+    largest = sorted(parts["parameters"][-1], key=lambda row: (-row[0], row[1]))[:rows]
     lines += [f"  {size / 2**20:9.3f} MiB  {path} {dims}" for size, path, dims in largest]
   return "\n".join(lines)
