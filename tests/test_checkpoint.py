@@ -105,22 +105,6 @@ def test_restored_state_trains_on_without_a_trace(tmp_path, tx, rng):
   assert update.traces == 1 and update._compiled._cache_size() == 1
 
 
-@pytest.mark.parametrize("sizes", [dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4)])
-def test_restore_onto_another_mesh(tmp_path, tx, sizes, monkeypatch):
-  if sizes["data"] == 2:  # as a large state is written: from its devices
-    monkeypatch.setattr(checkpoint, "FETCHED_BYTES", 0)
-  saved = train_state(tx, sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4]))
-  checkpoint.save(tmp_path, 1, saved)
-  mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-  abstract = train.abstract_state(
-    jax.eval_shape(small_model.init, jax.random.key(0)), tx, mesh=mesh, param_axes=small_model.PARAM_AXES
-  )
-  restored, _ = checkpoint.restore(tmp_path, abstract)
-  assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, abstract)
-  same(jax.device_get(restored), jax.device_get(saved))
-  assert checkpoint.params_sha256(restored.params) == checkpoint.params_sha256(saved.params)
-
-
 def test_part_of_a_checkpoint(tmp_path, tx):
   """The next phase takes the parameters and leaves the optimiser."""
   state = train_state(tx)

@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-import types
 
 import chex
 import inspecting
@@ -21,7 +20,7 @@ import pytest
 import small_model
 from jax.sharding import PartitionSpec as P
 
-from stare_jax import checkpoint, pipeline_policy, policies, sharding, train, train_critic
+from stare_jax import checkpoint, policies, sharding, train
 from stare_jax.losses import ops, preference
 
 SGD = optax.sgd(1.0)
@@ -137,47 +136,6 @@ def test_table_counts_bytes_per_device():
   assert f"{total:,} in " in text and "data 2 x fsdp 2 x tensor 2 = 8 cpu devices" in text
   assert "layers/mlp/up/bias (2, 32)" in text and "head/kernel" not in text  # the replicated ones are named
   assert len(sharding.table(params, places, mesh_of("one")).splitlines()) == 2  # nothing to say on one device
-
-
-@pytest.mark.parametrize("trainable", [None, lambda path: path.startswith(("head", "value"))], ids=["all", "heads"])
-@pytest.mark.parametrize("name", ["one", "fsdp", "mixed"])
-def test_the_table_of_a_run_counts_what_lies_on_a_device(name, trainable):
-  """Parameters, moments and critic against the buffers of a state that is there."""
-  mesh, tx = mesh_of(name), train.make_optimizer(learning_rate=1e-3)
-  policy = types.SimpleNamespace(param_axes=small_model.PARAM_AXES, trainable=trainable)
-  critic = train_critic.init(jax.random.key(1), 4000)
-  params = {  # of MiB, which the table shows tenths of
-    "embed": {"table": jnp.zeros((2048, 512))}, "layers": {"up": {"bias": jnp.zeros((2, 1 << 17))}},
-    "head": {"kernel": jnp.zeros((512, 4096))}, "value": {"kernel": jnp.zeros((1 << 17, 4))},
-  }  # fmt: skip
-  state = train.new_state(params, tx, mesh=mesh, param_axes=policy.param_axes, critic=critic, trainable=trainable)
-  text = pipeline_policy.table(policy, params, mesh, tx, critic)
-  device = mesh.devices.flat[0]
-
-  def here(tree):
-    leaves = [x for x in jax.tree.leaves(tree) if x.ndim]
-    return sum(x.size for x in leaves), sum(s.data.nbytes for x in leaves for s in x.addressable_shards
-                                            if s.device == device)  # fmt: skip
-
-  total = 0
-  for label, tree in {"parameters": state.params, "moments": state.opt, "critic": state.critic}.items():
-    (line,) = [line for line in text.splitlines() if line.startswith(label)]
-    count, size = here(tree)
-    assert size > 2**20 and f" {count:,} in " in line and f"; {size / 2**20:,.1f} MiB on each device" in line
-    total += size
-  assert f"  value head {here(state.params['value'])[0]:,} in 2.0 MiB; 2.0 MiB on each device" in text
-  assert f"together     {total / 2**20:,.1f} MiB on each device" in text
-  assert here(state.opt)[0] == 2 * sum(x.size for x in jax.tree.leaves(train.split(state.params, trainable)[0]))
-  whole = {
-    label: sum(x.nbytes for x in jax.tree.leaves(tree) if x.ndim and x.sharding.is_fully_replicated)
-    for label, tree in {"parameters": state.params, "moments": state.opt, "critic": state.critic}.items()
-  }
-  told = re.findall(r"([\d.]+) MiB \(([\d.]+) %\) of the (\w+)", text)
-  assert told == ([] if name == "one" else [
-    (f"{size / 2**20:.2f}", f"{100 * size / sum(x.nbytes for x in jax.tree.leaves(tree) if x.ndim):.1f}", label)
-    for (label, size), tree in zip(whole.items(), (state.params, state.opt, state.critic), strict=True)
-  ])  # fmt: skip
-  assert ("the rest is frozen" in text) == (trainable is not None)
 
 
 # The door down ---------------------------------------------------------------------------------------------
