@@ -14,6 +14,7 @@ phase, iteration, counters, seeds, data cursors.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -21,19 +22,21 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 FORMAT = 1
 META = "checkpoint.json"
 STATE = "state"
 CHECKED_BYTES = 256 << 20  # larger files are checked by size alone
 FETCHED_BYTES = 1 << 30  # a smaller state is fetched whole before it is written, in half the time
+HASHED_BYTES = 256 << 20  # a larger array is gathered for its digest in parts of this size
 TMP, OLD = ".tmp-", ".old-"
 
 
@@ -456,12 +459,34 @@ def restore(
 
 
 def params_sha256(params: Any) -> str:
-  """One digest of parameter names, shapes, dtypes and bytes, whatever the mesh."""
+  """One digest of parameter names, shapes, dtypes and bytes, whatever the mesh; every process of the run calls it."""
   digest = hashlib.sha256()
   for path, x in sorted(_leaves(params).items()):
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      x = multihost_utils.process_allgather(x, tiled=True)
-    array = np.ascontiguousarray(jax.device_get(x))
-    digest.update(f"{path} {array.dtype} {list(array.shape)}\n".encode())
-    digest.update(array.tobytes())
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    digest.update(f"{path} {np.dtype(x.dtype)} {list(x.shape)}\n".encode())
+    for part in _parts(x):
+      digest.update(np.ascontiguousarray(part).tobytes())
   return digest.hexdigest()
+
+
+def _parts(x: Any) -> Iterator[np.ndarray]:
+  """An array's rows in order, on the host, at most HASHED_BYTES of them at a time (or one row, where that is more).
+
+  So no process ever holds a whole stack of layers that is cut over several.
+  """
+  if isinstance(x, jax.Array) and x.is_fully_replicated:
+    x = x.addressable_data(0)
+  if not isinstance(x, jax.Array) or x.nbytes <= HASHED_BYTES:
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    yield np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
+    return
+  rows = max(1, HASHED_BYTES * len(x) // x.nbytes)
+  where = None if x.is_fully_addressable else NamedSharding(x.sharding.mesh, PartitionSpec())
+  for at in range(0, len(x), rows):
+    start = min(at, len(x) - rows)  # of the last part, which is as long as the others, only the end is new
+    yield np.asarray(_rows(rows, where)(x, start))[at - start :]
+
+
+@functools.cache
+def _rows(count: int, where: NamedSharding | None) -> Callable[[jax.Array, int], jax.Array]:
+  return jax.jit(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, count), out_shardings=where)

@@ -129,6 +129,27 @@ def test_digest_is_of_names_shapes_and_bytes():
   assert digest not in {checkpoint.params_sha256(other) for other in others}
 
 
+@pytest.mark.parametrize("limit", [1, 100, 300])
+def test_a_digest_needs_no_array_whole(monkeypatch, limit):
+  """Parts of rows, of which the last is shorter, from arrays that are cut along any axis: the same digest."""
+  params = {"up": np.arange(7 * 4 * 6, dtype=np.float32).reshape(7, 4, 6), "table": np.ones((10, 6), np.float16)}
+  digest = checkpoint.params_sha256(params)
+  rules = ((r"up", ("embed", "mlp")), (r"table", ("vocab", "embed")))
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  fetched = []
+
+  def parts(x, real=checkpoint._parts):
+    for part in real(x):
+      fetched.append((part.nbytes, x[:1].nbytes))
+      yield part
+
+  monkeypatch.setattr(checkpoint, "HASHED_BYTES", limit)
+  monkeypatch.setattr(checkpoint, "_parts", parts)
+  for placed in (jax.device_put(params), jax.device_put(params, sharding.shardings(params, rules, mesh))):
+    assert checkpoint.params_sha256(placed) == digest
+  assert len(fetched) > 4 and all(size <= max(limit, row) for size, row in fetched)
+
+
 # Keeping and replacing -------------------------------------------------------------------------------------
 
 
