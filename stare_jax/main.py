@@ -43,7 +43,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds of silence until a process counts as lost.", lower_bound=5)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int | None:
   # absl has put its own handler and level there; ours is plain, and the libraries' chatter stays at warnings.
   logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
   log.setLevel(logging.INFO)
@@ -91,10 +91,10 @@ def main(argv: list[str]) -> int:
     processes.leave(1, describe(error), traceback.format_exc())
     raise
   processes.leave()
-  if processes.first():
-    print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
-          f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
-  return 0
+  if not processes.first():
+    return
+  print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
+        f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
 
 
 def wrong_processes(address: str, count: int | None, index: int | None) -> str:
