@@ -121,3 +121,22 @@ def test_adapters_start_on_a_run_without_and_on_a_public_policy_as_it_is(tmp_pat
   finish(tmp_path / "direct", toy_environment, folder, *flags)
   meta = checkpoint.read_meta(tmp_path / "direct/checkpoints/interaction")
   np.testing.assert_allclose(meta["action_stats"]["q99"], public_model.BRIDGE["q99"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_converted_folder_is_the_run_on_that_folder(tmp_path, toy_environment):
+  """The same losses, though the folder is gone; and the next phase goes on from what that run left."""
+  folder, imitation = public_folder(tmp_path / "public"), "--config.phases=('imitation',)"
+  finish(tmp_path / "direct", toy_environment, folder, imitation)
+  convert.to_orbax(folder, tmp_path / "start")
+  shutil.rmtree(folder)
+  alone = "--config.policy.checkpoint="
+  finish(tmp_path / "run", toy_environment, folder, imitation, alone, f"--config.init_from={tmp_path / 'start'}")
+  direct, ours = (toy_run.results(tmp_path / name)["metrics"] for name in ("direct", "run"))
+  losses = lambda rows: [(row["step"], row["loss"], row["accuracy"]) for row in rows]
+  assert len(ours) == 6 and losses(ours) == losses(direct)  # the value head, which is drawn anew, has no part in them
+  shutil.rmtree(tmp_path / "start")
+  saved = tmp_path / "run/checkpoints/imitation"
+  finish(tmp_path / "next", toy_environment, folder, "--config.phases=('preference',)", alone,
+         f"--config.init_from={saved}")  # fmt: skip
+  assert (tmp_path / "next/checkpoints/preference/tokenizer.json").exists()
