@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # name -> environment class, or a function that picks one; imported in the worker process only.
 REGISTRY: dict[str, str] = {
   "maniskill": "stare_jax.sims.maniskill:make",
+  "simpler": "stare_jax.sims.simpler:Simpler",
   "toy": "stare_jax.sims.toy:Toy",
 }
 
@@ -76,6 +77,7 @@ def make(
   num_workers: int,
   image_size: int,
   timeout: float = 60.0,
+  python: str = "",
   **options: Any,
 ) -> Pool:
   """Starts `num_workers` processes that share `num_envs` environments of `task`.
@@ -87,6 +89,8 @@ def make(
     num_workers: processes; one per core that the simulator may keep busy.
     image_size: H = W in pixels.
     timeout: seconds without an answer after which a worker counts as hung and is replaced.
+    python: path or command of the interpreter that the workers run under; "": the learner's own. The other one needs
+      numpy and the simulator's packages, and nothing of the learner's.
     **options: `pool.Pool`'s start_timeout, max_failures and wait; the rest goes to the environment class.
 
   Returns: a running `pool.Pool`; use it as a context manager, or call `close()`.
@@ -96,5 +100,5 @@ def make(
   mine = {key: options.pop(key) for key in ("start_timeout", "max_failures", "wait", "action_size") if key in options}
   return pool.Pool(
     resolve(name), spec(task, image_size, **options), num_envs=num_envs, num_workers=num_workers,
-    image_size=image_size, timeout=timeout, **mine,
+    image_size=image_size, timeout=timeout, python=python or None, **mine,
   )  # fmt: skip
