@@ -192,7 +192,7 @@ def interpreter(python: str) -> str:
   hint = "no such file" if not os.path.lexists(path) else "not an executable file"
   if os.path.isdir(path):
     inside = os.path.join(path, "bin", "python")
-    hint = f"a folder; did you mean {inside}?" if shutil.which(inside) else "a folder without bin/python"
+    hint = f"a folder (did you mean {inside}?)" if shutil.which(inside) else "a folder without bin/python"
   raise SimulatorError(
     f"sim.python = {python!r} is {hint}. Expected a Python interpreter that has numpy and the simulator's packages, "
     f"such as FOLDER/bin/python of a virtual environment; docs/simpler_env.md makes one"
