@@ -70,7 +70,7 @@ def spec(task: Any, image_size: int, **options: Any) -> dict[str, Any]:
 
 
 def make(
-  name: str = "maniskill",
+  name: str = "",
   *,
   task: Any,
   num_envs: int,
@@ -83,7 +83,7 @@ def make(
   """Starts `num_workers` processes that share `num_envs` environments of `task`.
 
   Args:
-    name: a key of `REGISTRY`.
+    name: a key of `REGISTRY`; "": the task's own simulator.
     task: a `tasks.Task`, or anything with its `env_id`, `actors`, `camera` and `env_options`.
     num_envs: N; environment i lives on worker i % num_workers.
     num_workers: processes; one per core that the simulator may keep busy.
@@ -98,7 +98,8 @@ def make(
   from stare_jax.sims import pool
 
   mine = {key: options.pop(key) for key in ("start_timeout", "max_failures", "wait", "action_size") if key in options}
+  target = resolve(name or getattr(task, "simulator", "maniskill"))
   return pool.Pool(
-    resolve(name), spec(task, image_size, **options), num_envs=num_envs, num_workers=num_workers,
-    image_size=image_size, timeout=timeout, python=python or None, **mine,
+    target, spec(task, image_size, **options), num_envs=num_envs, num_workers=num_workers, image_size=image_size,
+    timeout=timeout, python=python or None, **mine,
   )  # fmt: skip

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pickle
 import pathlib
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +30,8 @@ _SNAPSHOT_VERSION = 1
 _PACKAGES = ("simpler_env", "mani_skill2_real2sim", "sapien", "cv2", "PIL")
 _SETUP = (
   "  git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv\n"
-  '  {python} -m pip install "numpy<2" sapien==2.2.2 -e SimplerEnv/ManiSkill2_real2sim -e SimplerEnv\n'
-  "docs/simpler_env.md has the whole of it."
+  "  python3.10 -m venv simpler\n"
+  '  simpler/bin/pip install "numpy<2" -e SimplerEnv/ManiSkill2_real2sim -e SimplerEnv sapien==2.2.2\n'
 )
 _NO_DEVICE = (
   "SAPIEN 2.2 found no Vulkan device that it can use. It needs a GPU's driver with its graphics libraries (in a "
@@ -230,8 +230,9 @@ def _build(env_id: str, shader: str, **options: Any) -> Any:
   missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
   if missing:
     raise SimulatorError(
-      f"the interpreter {sys.executable} has no {', '.join(missing)}. The simulator 'simpler' needs SimplerEnv's "
-      f"package there (sim.python names the interpreter):\n{_SETUP.format(python=sys.executable)}"
+      f"the interpreter {sys.executable} has no {', '.join(missing)}. The simulator 'simpler' is SimplerEnv's own "
+      f"package, in a virtual environment of its own because it cannot live beside the learner's:\n{_SETUP}"
+      f"and then --config.sim.python=simpler/bin/python; docs/simpler_env.md has the whole of it"
     )
   os.environ.setdefault("MS2_RENDERER_LOG_LEVEL", "error")
   import gymnasium
@@ -259,6 +260,5 @@ def _explained(make: Callable[[], Any]) -> Any:
     raise SimulatorError(
       f"SimplerEnv's scene could not be built: {text}\nIts assets are read from {folder}"
       f"{'' if folder.is_dir() else ', which is not there'}: the folder data/ of ManiSkill2_real2sim's repository, "
-      f"whole, with the files of more than a few megabytes. Get it with\n{_SETUP.format(python=sys.executable)}\n"
-      f"or set MS2_REAL2SIM_ASSET_DIR to it."
+      f"whole, with its largest files. Get it with\n{_SETUP}or set MS2_REAL2SIM_ASSET_DIR to it"
     ) from error
