@@ -59,8 +59,8 @@ def check_simulator(config: Any) -> None:
     except sims.SimulatorError as error:
       raise ConfigError(str(error)) from error
   elif config.sim.name == "simpler":
-    raise ConfigError(f'task "{config.task}" runs in SimplerEnv\'s own package, which cannot live beside the learner\'s '
-                      f"ones: name an interpreter that has it with --config.sim.python=FOLDER/bin/python; "
+    raise ConfigError(f'task "{config.task}" runs in SimplerEnv\'s own package, which cannot live beside the '
+                      f"learner's: name an interpreter that has it with --config.sim.python=FOLDER/bin/python; "
                       f"docs/simpler_env.md says how to make one")
 
 
