@@ -15,7 +15,6 @@ import os
 import pathlib
 import pickle
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ _SETUP = (
   "  python3.10 -m venv simpler\n"
   '  simpler/bin/pip install "numpy<2" -e SimplerEnv/ManiSkill2_real2sim -e SimplerEnv sapien==2.2.2\n'
 )
+_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 _NO_DEVICE = (
   "SAPIEN 2.2 found no Vulkan device that it can use. It needs a GPU's driver with its graphics libraries (in a "
   "container: NVIDIA_DRIVER_CAPABILITIES=all), or another driver that lists VK_KHR_external_memory_fd and "
@@ -243,22 +243,40 @@ def _build(env_id: str, shader: str, **options: Any) -> Any:
     raise SimulatorError(f"SimplerEnv has no task {env_id!r}; its WidowX tasks are {', '.join(known)}")
   name, defaults = simpler_env.ENVIRONMENT_MAP[env_id]
   arguments = defaults | options | dict(obs_mode="none", prepackaged_config=True, shader_dir=shader)
-  return _explained(lambda: gymnasium.make(name, **arguments).unwrapped)
-
-
-def _explained(make: Callable[[], Any]) -> Any:
-  """`make()`, with the way out where a device or assets are missing."""
-  import mani_skill2_real2sim
-
   try:
-    return make()
+    env = gymnasium.make(name, **arguments).unwrapped
   except (RuntimeError, OSError) as error:
     text = str(error)
     if "vk::" in text or "ulkan" in text:
       raise SimulatorError(f"{_NO_DEVICE}.\n(SAPIEN said: {text})") from error
-    folder = pathlib.Path(mani_skill2_real2sim.ASSET_DIR)
-    raise SimulatorError(
-      f"SimplerEnv's scene could not be built: {text}\nIts assets are read from {folder}"
-      f"{'' if folder.is_dir() else ', which is not there'}: the folder data/ of ManiSkill2_real2sim's repository, "
-      f"whole, with its largest files. Get it with\n{_SETUP}or set MS2_REAL2SIM_ASSET_DIR to it"
-    ) from error
+    raise SimulatorError(f"SimplerEnv's scene could not be built: {text}\n{_where_assets_are()}") from error
+  if missing := missing_assets(env):
+    raise SimulatorError(f"the assets of {env_id} are not whole; missing: {', '.join(missing)}\n{_where_assets_are()}")
+  return env
+
+
+def missing_assets(env: Any) -> list[str]:
+  """The files behind a built scene that are not there. SAPIEN builds it without them: no table, an unseen object."""
+  there = lambda path: path.is_file() and path.read_bytes()[: len(_POINTER)] != _POINTER
+  missing = []
+  stage = pathlib.Path(env.scene_root) / "stages" / f"{env.scene_name}.glb"
+  if not there(stage):
+    missing.append(str(stage))
+  for model in dict.fromkeys([*env.episode_model_ids, *(["sink"] if hasattr(env, "sink") else [])]):
+    folder = pathlib.Path(env.asset_root) / "models" / model
+    if not there(folder / "collision.obj"):
+      missing.append(str(folder / "collision.obj"))
+    if not any(there(folder / f"textured.{kind}") for kind in ("obj", "dae", "glb")):
+      missing.append(str(folder / "textured.dae"))
+  return missing
+
+
+def _where_assets_are() -> str:
+  import mani_skill2_real2sim
+
+  folder = pathlib.Path(mani_skill2_real2sim.ASSET_DIR)
+  return (
+    f"They are read from {folder}{'' if folder.is_dir() else ', which is not there'}: the folder data/ of "
+    f"ManiSkill2_real2sim's repository, whole, with its largest files. Get it with\n{_SETUP}"
+    f"or set MS2_REAL2SIM_ASSET_DIR to it"
+  )
