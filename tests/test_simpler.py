@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -26,6 +28,26 @@ def test_rotations_are_simplerenvs(rng):
     matrix = turn(2, yaw) @ turn(1, pitch) @ turn(0, roll)
     np.testing.assert_allclose(experts.from_rotation_vector(got), matrix, atol=1e-9)
     assert np.linalg.norm(got) <= np.pi + 1e-9
+
+
+def test_files_without_which_sapien_says_nothing(tmp_path):
+  """A scene without its table would be built all the same: everything falls, and a benchmark reads 0 %."""
+  env = types.SimpleNamespace(
+    scene_root=tmp_path, scene_name="table", asset_root=tmp_path, episode_model_ids=["carrot", "plate"]
+  )
+  wanted = {"stages/table.glb": b"glTF", "models/carrot/collision.obj": b"v", "models/carrot/textured.dae": b"<",
+            "models/plate/collision.obj": b"v", "models/plate/textured.glb": b"glTF"}  # fmt: skip
+  assert len(simpler.missing_assets(env)) == 5
+  for name, content in wanted.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+  assert simpler.missing_assets(env) == []
+  (tmp_path / "stages/table.glb").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+  (tmp_path / "models/plate/textured.glb").unlink()
+  env.sink = object()
+  missing = [str(pathlib.Path(path).relative_to(tmp_path)) for path in simpler.missing_assets(env)]
+  assert missing == ["stages/table.glb", "models/plate/textured.dae", "models/sink/collision.obj",
+                     "models/sink/textured.dae"]  # fmt: skip
 
 
 def demonstrate(task, sim, env, seed):
