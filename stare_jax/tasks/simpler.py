@@ -20,8 +20,8 @@ def _here(task: Task, env_id: str, starts: int, **changes: Any) -> Task:
   )
 
 
-# Held 8 mm higher than in the port: here fingers that press on the table stick to it and do not close.
-SPOON = bridge.scripted(bridge.pick_and_place(lower=-0.008, along=0.01, above=0.018))
+# Held 6 mm higher than in the port: here fingers that press on the table stick to it and do not close.
+SPOON = bridge.scripted(bridge.pick_and_place(lower=-0.006, along=0.01, above=0.018))
 
 PUT_CARROT_ON_PLATE = _here(bridge.PUT_CARROT_ON_PLATE, "widowx_carrot_on_plate", starts=24)
 PUT_SPOON_ON_TOWEL = _here(bridge.PUT_SPOON_ON_TOWEL, "widowx_spoon_on_towel", starts=24, expert=SPOON)
