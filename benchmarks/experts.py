@@ -31,7 +31,7 @@ class Noisy:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--tasks", nargs="+", default=list(tasks.names()))
+  parser.add_argument("--tasks", nargs="+", default=list(tasks.names("maniskill")))
   parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.3])
   parser.add_argument("--episodes", type=int, default=200)
   parser.add_argument("--seed", type=int, default=40_000, help="of the first episode")

@@ -53,7 +53,7 @@ def strip(task: tasks.Task, images: np.ndarray, signals: np.ndarray, count: int)
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--tasks", nargs="+", default=list(tasks.names()))
+  parser.add_argument("--tasks", nargs="+", default=list(tasks.names("maniskill")))
   parser.add_argument("--seed", type=int, default=2)
   parser.add_argument("--size", type=int, default=144, help="of a frame, pixels")
   parser.add_argument("--frames", type=int, default=6)

@@ -77,7 +77,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   c.sim = dict(
     name="maniskill", num_envs=32, num_workers=2, groups=2, image_size=64, horizon=0,  # control steps; 0: the task's
-    timeout=60.0,  # seconds without an answer until a worker is replaced
+    timeout=60.0, python="",  # seconds until a silent worker is replaced; its Python (docs/simpler_env.md), "": ours
   )  # fmt: skip
   c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=16), **STARTS_FROM)
   c.init_from = ""  # a checkpoint folder of another run, such as runs/x/checkpoints/imitation

@@ -175,7 +175,8 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters."""
   c = run.config.evaluation
   fields = {f"evaluation.{k}": v for k, v in c.items()} | {
-    "params": run.base.sha256(run.policy, params), "task": run.task.name, "sim": dict(run.config.sim),
+    "params": run.base.sha256(run.policy, params), "task": run.task.name,
+    "sim": {k: v for k, v in run.config.sim.items() if k != "python"},
     "offset": run.config.interaction.offset, "videos": run.config.report.videos,
   }  # fmt: skip
   digest = checkpoint.config_digest(fields)
@@ -194,7 +195,7 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   half = run.config.report.videos // 2
   picked = evaluate.pick_samples(staged, successes=run.config.report.videos - half, failures=half)
   frames = images(picked)
-  result["digest"] = digest
+  result |= {"simulator": run.config.sim.name, "digest": digest}
   if not processes.first():
     return result
   report.clear_samples(run.workdir, label)
@@ -265,7 +266,8 @@ def open_folder(run: Run) -> None:
     read_statistics(pathlib.Path(run.config.init_from))
   summary = run.workdir / "summary.json"
   if summary.exists():
-    run.earlier_events = json.loads(summary.read_text()).get("simulator_events", [])
+    earlier = json.loads(summary.read_text())
+    run.earlier_events, run.earlier_simulator = earlier.get("simulator_events", []), earlier.get("simulator", {})
   if processes.first():
     report.write_json(run.workdir / "config.json", json.loads(run.config.to_json_best_effort()))
 
@@ -284,5 +286,5 @@ def summarise(run: Run, params: Any, command: str, seconds: float) -> dict:
     "hardware": {"platform": jax.default_backend(), "devices": jax.device_count(), "processes": processes.count(),
                  "cores": os.cpu_count(),
                  "machine": platform.machine(), "device_kind": jax.devices()[0].device_kind},
-    "simulator_events": list(run.events),
+    "simulator": run.earlier_simulator | run.simulator, "simulator_events": list(run.events),
   }  # fmt: skip

@@ -9,19 +9,22 @@ from typing import Any
 
 from stare_jax import losses, sims, tasks
 from stare_jax.config import ConfigError, suggest, validate
+from stare_jax.sims import pool
 
 
 def resolved(config: Any) -> Any:
   """The configuration with what it leaves to the task filled in: what a run does, and what its folder records.
 
-  `sim.horizon` = 0 becomes the task's horizon and `preference.buckets` = () the one bucket that
-  holds every part of an episode that is compared.
+  `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon and
+  `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
   """
   if config.task not in tasks.names():  # `check` says so
     return config
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.sim.horizon = config.sim.horizon or tasks.get(config.task).horizon
+    task = tasks.get(config.task)
+    config.sim.name = task.simulator if config.sim.name == "maniskill" else config.sim.name
+    config.sim.horizon = config.sim.horizon or task.horizon
     longest = config.preference.tail or config.sim.horizon
     config.preference.buckets = tuple(config.preference.buckets) or (longest,)
   return config
@@ -35,11 +38,30 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   config = resolved(config)
   validate(config, tasks.names)
   tasks.get(config.task)
-  sims.resolve(config.sim.name)
+  check_simulator(config)
   for phase in ("imitation", "preference"):
     if (name := config[phase].loss) not in losses.names(phase):
       raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names(phase))}')
   check_folder(pathlib.Path(workdir))
+
+
+def check_simulator(config: Any) -> None:
+  """Raises ConfigError where a simulator does not have the task, or its interpreter is not there."""
+  sims.resolve(config.sim.name)
+  own = tasks.get(config.task).simulator
+  if config.sim.name not in ("toy", own):
+    there = tasks.names(config.sim.name)
+    raise ConfigError(f'task "{config.task}" is not in the simulator sim.name = "{config.sim.name}" but in "{own}": '
+                      f"leave sim.name out, or choose a task of {config.sim.name}: {', '.join(there)}")
+  if config.sim.get("python"):
+    try:
+      pool.interpreter(config.sim.python)
+    except sims.SimulatorError as error:
+      raise ConfigError(str(error)) from error
+  elif config.sim.name == "simpler":
+    raise ConfigError(f'task "{config.task}" runs in SimplerEnv\'s own package, which cannot live beside the '
+                      f"learner's: name an interpreter that has it with --config.sim.python=FOLDER/bin/python; "
+                      f"docs/simpler_env.md says how to make one")
 
 
 def check_folder(workdir: pathlib.Path) -> None:

@@ -36,7 +36,7 @@ from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
 log = logging.getLogger("stare_jax")
 IDENTITY_SKIPS = (
-  "phases", "preset", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers",
+  "phases", "preset", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers", "sim.python",
   "imitation.checkpoint_every", "preference.checkpoint_every", "interaction.checkpoint_every", "interaction.iterations",
 )  # fmt: skip
 CHUNK = 64  # episodes per file of a growing data set: what a kill during collection can cost
@@ -66,6 +66,7 @@ class Run:
     self._announced = False
     self.results: dict[str, dict] = {}
     self.earlier_events: list[str] = []
+    self.earlier_simulator: dict[str, str] = {}
     self.env_steps: dict[str, int] = {}
     self.seconds: dict[str, float] = {}
 
@@ -74,7 +75,7 @@ class Run:
     if self._sim is None:
       c = self.config.sim
       self._sim = sims.make(
-        c.name, task=self.task, image_size=c.image_size, timeout=c.timeout,
+        c.name, task=self.task, image_size=c.image_size, timeout=c.timeout, python=c.get("python", ""),
         **pipeline_together.share_of_simulators(c),
       )  # fmt: skip
     return self._sim
@@ -84,6 +85,11 @@ class Run:
     """What happened to the simulators' workers, launches before this one included; the pool logs it as it happens."""
     here = list(self._sim.events if self._sim is not None else ())
     return self.earlier_events + pipeline_together.events(here)
+
+  @property
+  def simulator(self) -> dict[str, str]:
+    """What plays the episodes, and the versions that it runs on where this launch has started it."""
+    return {"name": self.config.sim.name} | (self._sim.about if self._sim is not None else {})
 
   def close(self) -> None:
     if self._sim is not None:

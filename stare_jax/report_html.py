@@ -90,6 +90,9 @@ def _instruction(run: Run) -> str:
 def _header(run: Run) -> str:
   facts = [f"{name} {run.summary.get(name, run.config.get(name))}" for name in ("preset", "seed")
            if run.summary.get(name, run.config.get(name)) is not None]
+  simulator = run.config.get("sim", {}).get("name", "maniskill")
+  if simulator != "maniskill":  # figures of two simulators are never compared by mistake
+    facts.append(f"simulator {simulator}")
   if is_number(run.summary.get("parameters")):
     facts.append(f"{number(run.summary['parameters'])} parameters")
   trained = " → ".join(p.capitalize() for p in run.phases)

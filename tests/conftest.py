@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -67,6 +68,19 @@ def why_no_assets() -> str:
   return f"{folder} has no {' and no '.join(missing)}; set MS_ASSET_DIR" if missing else ""
 
 
+def why_no_simpler() -> str:
+  """Empty when STARE_JAX_SIMPLER_PYTHON names an interpreter that has SimplerEnv's package."""
+  python = os.environ.get("STARE_JAX_SIMPLER_PYTHON", "")
+  if not python:
+    return "STARE_JAX_SIMPLER_PYTHON names no interpreter with SimplerEnv's package (docs/simpler_env.md makes one)"
+  code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('simpler_env') is None)"
+  try:
+    found = subprocess.run([python, "-c", code], timeout=60, capture_output=True).returncode == 0
+  except (OSError, subprocess.TimeoutExpired) as error:
+    return f"STARE_JAX_SIMPLER_PYTHON={python}: {error}"
+  return "" if found else f"STARE_JAX_SIMPLER_PYTHON={python} has no simpler_env (docs/simpler_env.md)"
+
+
 def why_no_accelerator() -> str:
   """Empty when JAX runs on something other than the CPU."""
   import jax
@@ -79,7 +93,8 @@ def why_no_browser() -> str:
   return "" if any(map(shutil.which, BROWSERS)) else f"none of {', '.join(BROWSERS)} is on the path"
 
 
-NEEDS = {"sim": why_no_simulator, "assets": why_no_assets, "gpu": why_no_accelerator, "browser": why_no_browser}
+NEEDS = {"sim": why_no_simulator, "assets": why_no_assets, "simpler": why_no_simpler, "gpu": why_no_accelerator,
+         "browser": why_no_browser}  # fmt: skip
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -45,10 +45,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "configs": ("config",),
 }
 
-HEAVY = ("torch", "mani_skill", "transformers", "sapien", "gymnasium")  # the simulator's side, and anything as slow
+HEAVY = (  # the simulator's side, and anything as slow
+  "torch", "mani_skill", "transformers", "sapien", "gymnasium", "simpler_env", "mani_skill2_real2sim",
+)  # fmt: skip
 LIGHT_ROOMS = ("losses", "stages", "tasks", "policies", "episode", "batching", "dataset", "config", "evaluate", "sims")
 # Worker processes only.
-SIMULATOR_SIDE = ("stare_jax/sims/maniskill.py", "stare_jax/sims/bridge.py", "stare_jax/sims/lite.py")
+SIMULATOR_SIDE = (
+  "stare_jax/sims/maniskill.py", "stare_jax/sims/bridge.py", "stare_jax/sims/lite.py", "stare_jax/sims/simpler.py",
+)  # fmt: skip
 
 # Put together from pieces, so that this file does not contain what it looks for.
 MACHINE_PATHS = re.compile("|".join((

@@ -17,6 +17,7 @@ BASIC = ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "l
 PICK_AND_PLACE = ("pick_cube", "stack_cube", "place_sphere")
 CONTACT = {"push_cube": "Push", "pull_cube": "Pull"}
 BRIDGE = ("put_carrot_on_plate", "put_spoon_on_towel", "stack_green_on_yellow", "put_eggplant_in_basket")
+SIMPLER = tuple(f"simpler_{name}" for name in BRIDGE)
 
 
 def quaternion(axis, angle: float) -> np.ndarray:
@@ -64,6 +65,9 @@ def test_registry(name):
   if name in BRIDGE:
     assert task.env_options["scene"] == "bridge" and task.control_hz == 5 and task.unit == 0.035
     assert (task.horizon, task.starts) == ((120, 64) if name == "put_eggplant_in_basket" else (60, 24))
+  elif name in SIMPLER:
+    assert task.simulator == "simpler" and task.control_hz == 5 and task.unit == 0.035 and task.starts == 24
+    assert task.horizon == (120 if "eggplant" in name else 60)
   else:
     assert task.env_options["control_mode"] == "pd_ee_delta_pose" and task.env_options["robot_uids"] == "panda"
     assert (task.horizon, task.control_hz, task.starts, task.unit) == (50, 20, None, 1.0)
@@ -76,7 +80,7 @@ def test_stage_names():
     expected += ["Transport", "Place"] if name in PICK_AND_PLACE else []
     expected += ["Upright"] if name == "lift_peg_upright" else []
     assert [stage.name for stage in tasks.get(name).stages] == expected
-  for name in BRIDGE:
+  for name in (*BRIDGE, *SIMPLER):
     assert [stage.name for stage in tasks.get(name).stages] == ["Reach", "Grasp", "Transport", "Place"]
 
 
@@ -405,7 +409,8 @@ def test_goto_reaches_its_target():
 # ---- in the simulator
 
 
-SCENES = [pytest.param(name, marks=[pytest.mark.assets, pytest.mark.slow] if name in BRIDGE else []) for name in NAMES]
+SCENES = [pytest.param(name, marks=[pytest.mark.assets, pytest.mark.slow] if name in BRIDGE else [])
+          for name in tasks.names("maniskill")]  # fmt: skip
 
 
 @pytest.mark.sim

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # name -> environment class, or a function that picks one; imported in the worker process only.
 REGISTRY: dict[str, str] = {
   "maniskill": "stare_jax.sims.maniskill:make",
+  "simpler": "stare_jax.sims.simpler:Simpler",
   "toy": "stare_jax.sims.toy:Toy",
 }
 
@@ -69,24 +70,27 @@ def spec(task: Any, image_size: int, **options: Any) -> dict[str, Any]:
 
 
 def make(
-  name: str = "maniskill",
+  name: str = "",
   *,
   task: Any,
   num_envs: int,
   num_workers: int,
   image_size: int,
   timeout: float = 60.0,
+  python: str = "",
   **options: Any,
 ) -> Pool:
   """Starts `num_workers` processes that share `num_envs` environments of `task`.
 
   Args:
-    name: a key of `REGISTRY`.
+    name: a key of `REGISTRY`; "": the task's own simulator.
     task: a `tasks.Task`, or anything with its `env_id`, `actors`, `camera` and `env_options`.
     num_envs: N; environment i lives on worker i % num_workers.
     num_workers: processes; one per core that the simulator may keep busy.
     image_size: H = W in pixels.
     timeout: seconds without an answer after which a worker counts as hung and is replaced.
+    python: path or command of the interpreter that the workers run under; "": the learner's own. The other one needs
+      numpy and the simulator's packages, and nothing of the learner's.
     **options: `pool.Pool`'s start_timeout, max_failures and wait; the rest goes to the environment class.
 
   Returns: a running `pool.Pool`; use it as a context manager, or call `close()`.
@@ -94,7 +98,8 @@ def make(
   from stare_jax.sims import pool
 
   mine = {key: options.pop(key) for key in ("start_timeout", "max_failures", "wait", "action_size") if key in options}
+  target = resolve(name or getattr(task, "simulator", "maniskill"))
   return pool.Pool(
-    resolve(name), spec(task, image_size, **options), num_envs=num_envs, num_workers=num_workers,
-    image_size=image_size, timeout=timeout, **mine,
+    target, spec(task, image_size, **options), num_envs=num_envs, num_workers=num_workers, image_size=image_size,
+    timeout=timeout, python=python or None, **mine,
   )  # fmt: skip

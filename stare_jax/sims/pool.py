@@ -1,17 +1,21 @@
 """N environments in worker processes: requests over a pipe, images and signals through shared memory, workers replaced.
 
 A worker is a fresh interpreter (never a fork: the renderer's threads do not survive one) that imports the environment
-class and nothing of the learner. Each environment owns one slot of the shared memory: the parent writes its action, the
+class and, of what the learner needs, numpy alone. It may be another Python than ours, for a simulator whose packages
+cannot live beside the learner's. Each environment owns one slot of the shared memory: the parent writes its action, the
 worker writes its image and signals, and a message on the pipe says when. A worker that dies, hangs or raises is
 replaced: its environments come back as lost, the event is recorded and logged, and the run goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import mmap
 import os
+import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,6 +54,8 @@ class Environment(Protocol):
 
   def restore(self, data: bytes) -> str | None:
     """Continues from a snapshot; returns a note for the events where that was not exact."""
+
+  # And, where it has one, versions() -> dict[str, str]: the packages behind it, for the record.
 
 
 class _Slots:
@@ -95,7 +101,7 @@ def worker_main(pipe_fd: int, memory_fd: int) -> None:
     start = pipe.recv()
     slots = _Slots(memory_fd, start["num_envs"], start["image_size"], start["action_size"])
     environments = {env: load(start["environment"])(**start["spec"]) for env in start["envs"]}
-    pipe.send(("ready", None, None))
+    pipe.send(("ready", None, _about(environments.values())))
     while True:
       kind, requests = pipe.recv()
       for env, argument in requests:
@@ -108,6 +114,14 @@ def worker_main(pipe_fd: int, memory_fd: int) -> None:
   except BaseException:
     pipe.send(("failed", None, traceback.format_exc()))
   os._exit(0)  # the renderer's destructors may crash; nothing of ours is left to flush
+
+
+def _about(environments: Iterable[Environment]) -> dict[str, str]:
+  """Versions of what this process runs on, as strings: objects of one numpy need not mean anything to another."""
+  about = {"python": platform.python_version(), "numpy": np.__version__}
+  for environment in environments:
+    about |= getattr(environment, "versions", dict)()
+  return about
 
 
 def _serve(environment: Environment, slots: _Slots, env: int, kind: str, argument: Any) -> Any:
@@ -131,15 +145,17 @@ def _serve(environment: Environment, slots: _Slots, env: int, kind: str, argumen
 class _Worker:
   """One process, its pipe and its captured output."""
 
-  def __init__(self, index: int, envs: list[int], start: dict[str, Any], memory_fd: int, num_workers: int):
+  def __init__(
+    self, index: int, envs: list[int], start: dict[str, Any], memory_fd: int, num_workers: int, python: str | None
+  ):
     self.index, self.envs = index, envs
     self.ready = False
     self.log = tempfile.TemporaryFile()
     ours, theirs = socket.socketpair()
     self.process = subprocess.Popen(
-      [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(memory_fd)],
+      [python or sys.executable, _BOOT, _PACKAGE, str(theirs.fileno()), str(memory_fd)],
       pass_fds=(theirs.fileno(), memory_fd),
-      env=_environment_variables(num_workers),
+      env=_environment_variables(num_workers, python),
       stdin=subprocess.DEVNULL,
       stdout=self.log,
       stderr=subprocess.STDOUT,
@@ -147,7 +163,8 @@ class _Worker:
     )
     theirs.close()
     self.pipe = connection.Connection(ours.detach())
-    self.pipe.send({**start, "envs": envs})
+    with contextlib.suppress(OSError):  # already dead: `receive` will notice, and has what it wrote
+      self.pipe.send({**start, "envs": envs})
 
   def output(self) -> str:
     self.log.seek(0, os.SEEK_END)
@@ -163,14 +180,36 @@ class _Worker:
     self.log.close()
 
 
-_BOOT = "import sys; from stare_jax.sims.pool import worker_main; worker_main(int(sys.argv[1]), int(sys.argv[2]))"
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_BOOT = os.path.join(_PACKAGE, "sims", "boot.py")
 
 
-def _environment_variables(num_workers: int) -> dict[str, str]:
-  """The worker's environment: our import path, one thread per maths library, a renderer that keeps to its core."""
+def interpreter(python: str) -> str:
+  """The interpreter that sim.python names, a path or a command. Raises SimulatorError where there is none."""
+  path = os.path.expanduser(python)
+  if found := shutil.which(path):
+    return os.path.abspath(found)  # links are not followed: they are how a virtual environment's python knows it
+  hint = "no such file" if not os.path.lexists(path) else "not an executable file"
+  if os.path.isdir(path):
+    inside = os.path.join(path, "bin", "python")
+    hint = f"a folder (did you mean {inside}?)" if shutil.which(inside) else "a folder without bin/python"
+  raise SimulatorError(
+    f"sim.python = {python!r} is {hint}. Expected a Python interpreter that has numpy and the simulator's packages, "
+    f"such as FOLDER/bin/python of a virtual environment; docs/simpler_env.md makes one"
+  )
+
+
+def _environment_variables(num_workers: int, python: str | None) -> dict[str, str]:
+  """The worker's environment: our import path, one thread per maths library, a renderer that keeps to its core.
+
+  Another interpreter gets none of our import path, whose packages were built for ours.
+  """
   env = dict(os.environ)
-  root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-  env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *(path for path in sys.path if path)]))
+  if python is None:
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([os.path.dirname(_PACKAGE), *(p for p in sys.path if p)]))
+  else:
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+      env.pop(name, None)
   env["PYTHONHASHSEED"] = "0"  # the order of sets must not differ between workers
   env["PYTHONFAULTHANDLER"] = "1"  # a crash in native code leaves its stack in the captured output
   for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -196,18 +235,20 @@ class Pool:
     max_failures: int = 3,
     action_size: int = 7,
     wait: bool = True,
+    python: str | None = None,
   ):
     """Starts the workers.
 
     Args:
       environment: "module:class" of an `Environment`.
-      spec: its keyword arguments; must pickle.
+      spec: its keyword arguments; must pickle, and be plain Python values where `python` is given.
       num_envs: N. num_workers: processes, at most N. image_size: H = W, pixels.
       timeout: seconds without an answer after which a worker counts as hung.
       start_timeout: the same for a worker that is still importing and building.
       max_failures: a worker that fails this often without one answer in between ends the run.
       action_size: D.
       wait: return when every worker is ready; otherwise the first `receive` waits.
+      python: path or command of the interpreter that the workers run under; None or "": this one.
     """
     if not 1 <= num_workers <= num_envs:
       raise ValueError(f"num_workers={num_workers} and num_envs={num_envs}: expected 1 <= num_workers <= num_envs")
@@ -216,7 +257,11 @@ class Pool:
     importlib.util.find_spec(environment.partition(":")[0])  # a misspelt module fails here, not in every worker
     self.num_envs, self.num_workers, self.image_size, self.action_size = num_envs, num_workers, image_size, action_size
     self.timeout, self.start_timeout, self.max_failures = timeout, start_timeout, max_failures
+    self.python = interpreter(python) if python else None
+    if self.python:
+      _check_plain(spec, "spec")
     self.restarts, self.events = 0, []
+    self.about: dict[str, str] = {}  # versions of what the workers run on, once one is ready
     self._start = dict(
       environment=environment, spec=spec, num_envs=num_envs, image_size=image_size, action_size=action_size
     )
@@ -298,7 +343,7 @@ class Pool:
 
   def _launch(self, index: int) -> _Worker:
     envs = list(range(index, self.num_envs, self.num_workers))
-    return _Worker(index, envs, self._start, self._memory_fd, self.num_workers)
+    return _Worker(index, envs, self._start, self._memory_fd, self.num_workers, self.python)
 
   def _check_free(self, envs: Iterable[int]) -> None:
     if self._closed:
@@ -359,7 +404,10 @@ class Pool:
       self._replace(index, _ending(worker.process))
       return
     if kind == "ready":
-      worker.ready = True
+      worker.ready, self.about = True, result
+    elif kind == "unfit":
+      self.close()
+      raise SimulatorError(f"sim.python = {self.python or sys.executable!r}: {result}")
     elif kind == "failed":
       self._replace(index, f"raised an exception:\n{result}")
     else:
@@ -379,7 +427,8 @@ class Pool:
       event += f"\nits last output:\n{output}"
     if not worker.ready and self.restarts == 0:
       self.close()
-      raise SimulatorError(f"{event}\nThe simulator could not be started; nothing was run.")
+      under = f" Its workers run under sim.python = {self.python!r}." if self.python else ""
+      raise SimulatorError(f"{event}\nThe simulator could not be started; nothing was run.{under}")
     if self._failures[index] >= self.max_failures:
       self.close()
       raise SimulatorError(f"{event}\nIt failed {self.max_failures} times without one answer in between; giving up.")
@@ -397,6 +446,25 @@ class Pool:
     while waiting := {worker.index for worker in self._workers if not worker.ready}:
       for index in self._poll(waiting, last):
         self._read(index)
+
+
+def _check_plain(value: Any, where: str) -> None:
+  """Raises TypeError where a value is not made of plain Python types.
+
+  A pickle names the module of everything else in it, and what the learner has (numpy 2, ml_collections) another
+  interpreter may not have.
+  """
+  if type(value) is dict:
+    for key, item in value.items():
+      _check_plain(item, f"{where}[{key!r}]")
+  elif type(value) in (tuple, list, set, frozenset):
+    for item in value:
+      _check_plain(item, where)
+  elif type(value) not in (type(None), bool, int, float, str, bytes):
+    raise TypeError(
+      f"{where} holds a {type(value).__module__}.{type(value).__name__}, which a simulator under another Python need "
+      f"not know; expected plain numbers, strings, tuples, lists and dicts (float(x), x.tolist())"
+    )
 
 
 def _ending(process: subprocess.Popen) -> str:

@@ -28,6 +28,10 @@ REGISTRY: dict[str, str] = {
   "put_spoon_on_towel": "stare_jax.tasks.bridge:PUT_SPOON_ON_TOWEL",
   "stack_green_on_yellow": "stare_jax.tasks.bridge:STACK_GREEN_ON_YELLOW",
   "put_eggplant_in_basket": "stare_jax.tasks.bridge:PUT_EGGPLANT_IN_BASKET",
+  "simpler_put_carrot_on_plate": "stare_jax.tasks.simpler:PUT_CARROT_ON_PLATE",
+  "simpler_put_spoon_on_towel": "stare_jax.tasks.simpler:PUT_SPOON_ON_TOWEL",
+  "simpler_stack_green_on_yellow": "stare_jax.tasks.simpler:STACK_GREEN_ON_YELLOW",
+  "simpler_put_eggplant_in_basket": "stare_jax.tasks.simpler:PUT_EGGPLANT_IN_BASKET",
 }
 
 # The controller that the experts and the policies drive: see `experts.Controller` for what its action means.
@@ -81,7 +85,7 @@ class Task:
 
   Attributes:
     name: its key in `REGISTRY`.
-    env_id: the ManiSkill environment.
+    env_id: the simulator's name of the environment.
     instruction: what the policy is told.
     stages: in the order in which they must end. The last one ends when the simulator reports success.
     actors: which of the environment's actors are the object and the goal.
@@ -92,6 +96,7 @@ class Task:
     control_hz: control steps per second.
     starts: how many start states were published to evaluate on; seeds 0 to starts - 1 name them, and any other seed
       another start. None: there are none, and every seed is as good.
+    simulator: the one that has the environment, a key of `sims.REGISTRY`.
     unit: the translation that noise of 1 stands for, in the action's own units: 1 where actions lie in [-1, 1].
     env_options: further arguments of the environment. `scene` and `show_goal` are the simulator's own: which kind of
       scene it is, and to draw the goal marker that the environment hides from its cameras.
@@ -107,6 +112,7 @@ class Task:
   horizon: int = 50
   control_hz: int = 20
   starts: int | None = None
+  simulator: str = "maniskill"
   unit: float = 1.0
   env_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(PANDA))
 
@@ -130,9 +136,9 @@ class Task:
     return get, (self.name,)
 
 
-def names() -> tuple[str, ...]:
-  """Every registered task."""
-  return tuple(REGISTRY)
+def names(simulator: str | None = None) -> tuple[str, ...]:
+  """Every registered task, or those of one simulator."""
+  return tuple(name for name in REGISTRY if simulator is None or get(name).simulator == simulator)
 
 
 def get(name: str) -> Task:
