@@ -60,7 +60,7 @@ class Suite:
   shown: tuple[int, ...] = (0,)
 
 
-IN_DISTRIBUTION = Suite("in_distribution", "in-distribution", "nothing: the starts and pictures of training's evaluation")
+IN_DISTRIBUTION = Suite("in_distribution", "in-distribution", "nothing: starts and pictures as training evaluates them")
 SUITES: tuple[Suite, ...] = (
   IN_DISTRIBUTION,
   Suite(
@@ -137,6 +137,13 @@ def for_worker(suite: Suite, task: Any) -> dict[str, Any]:
     name=suite.name, changes={kind: dict(ranges) for kind, ranges in suite.changes.items()}, region=region,
     colours=tuple(COLOURS[word] for word in colour_words(task)),
   )  # fmt: skip
+
+
+def fields(suite: Suite | None, task: Any) -> dict[str, Any]:
+  """What decides the episodes of an evaluation beside its starts: results of other values are not these."""
+  if suite is None:
+    return {}
+  return for_worker(suite, task) | {"instructions": instructions(suite, task)}
 
 
 def colour_words(task: Any) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "convert": ("checkpoint", "policies", "pipeline"),
   "pipeline": (
     "losses", "policies", "tasks", "sims", "rollout", "stages", "batching", "dataset", "train", "sharding",
-    "checkpoint", "evaluate", "report", "config", "episode", "processes",
+    "checkpoint", "evaluate", "report", "config", "episode", "processes", "suites",
   ),
   "compile": ("pipeline", "policies", "roofline", "sharding", "train"),
   "roofline": ("sharding",),
@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "losses": (),
   "policies": ("episode", "checkpoint", "sharding"),
   "tasks": ("episode",),
-  "sims": ("episode",),
+  "sims": ("episode", "suites"),
+  "suites": (),
   "processes": (),
   "sharding": (),
   "checkpoint": (),
@@ -46,9 +47,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 
 HEAVY = ("torch", "mani_skill", "transformers", "sapien", "gymnasium")  # the simulator's side, and anything as slow
-LIGHT_ROOMS = ("losses", "stages", "tasks", "policies", "episode", "batching", "dataset", "config", "evaluate", "sims")
+LIGHT_ROOMS = ("losses", "stages", "tasks", "policies", "episode", "batching", "dataset", "config", "evaluate", "sims",
+               "suites")  # fmt: skip
 # Worker processes only.
-SIMULATOR_SIDE = ("stare_jax/sims/maniskill.py", "stare_jax/sims/bridge.py", "stare_jax/sims/lite.py")
+SIMULATOR_SIDE = tuple(f"stare_jax/sims/{name}.py" for name in ("maniskill", "bridge", "lite", "perturbed"))
 
 # Put together from pieces, so that this file does not contain what it looks for.
 MACHINE_PATHS = re.compile("|".join((

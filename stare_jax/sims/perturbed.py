@@ -162,8 +162,8 @@ class Perturbed(ManiSkill):
     """
     body = self._body.entity
     moving = [body, *(getattr(self._env, name)._objs[0] for name in self._suite["region"]["along"])]
-    spots = self._standing(moving)
-    free = [place for place in places if _distance(place, spots) >= self.GAP and _distance(place, [self._tcp]) >= _CLEAR]
+    standing, tool = self._standing(moving), [self._tcp]
+    free = [p for p in places if _distance(p, standing) >= self.GAP and _distance(p, tool) >= _CLEAR]
     if not free or bool(self._is_grasping(self._object)):
       return
     by = np.array([*(free[0] - body.pose.p[:2]), 0.0])

@@ -132,7 +132,8 @@ def _stages(rest: float, d_goal: float) -> tuple[Stage, ...]:
 
 
 def _task(name: str, *, env_id: str, instruction: str, stages: tuple[Stage, ...], plan: experts.Plan, starts: int,
-          horizon: int = 60, jitter: tuple[float, float, float] = (0.015, 0.35, 0.015), **words: Any) -> Task:  # fmt: skip
+          horizon: int = 60, jitter: tuple[float, float, float] = (0.015, 0.35, 0.015),
+          **words: Any) -> Task:  # fmt: skip
   """`words`: the task's colour, region and phrasings."""
   options: dict[str, Any] = dict(scene="bridge", jitter=jitter)
   return Task(
@@ -166,7 +167,7 @@ PUT_SPOON_ON_TOWEL = _task(
   plan=pick_and_place(along=0.01, above=0.018),
   starts=24,
   region=TABLE,
-  phrasings=("place the spoon on top of the cloth", "pick up the spoon and put it on the towel", "move spoon onto cloth"),
+  phrasings=("place the spoon on top of the cloth", "pick up the spoon and put it on the towel", "move spoon to cloth"),
 )
 
 STACK_GREEN_ON_YELLOW = _task(

@@ -71,7 +71,7 @@ PUSH_CUBE = Task(
   camera=Camera(eye=(0.92, 0.0, 0.83), target=(0.14, 0.0, 0.05), fov=0.5),
   colour="blue",
   region=Region((-0.1, -0.1), (0.1, 0.1), (-0.13, -0.16), (0.1, 0.16), along=("goal_region",)),
-  phrasings=("move the block forward to the target", "slide the cube ahead to the goal", "poke the block to the region"),
+  phrasings=("move the block forward to the target", "slide the cube ahead to the goal", "poke the block to the ring"),
 )
 
 PULL_CUBE = Task(
@@ -84,5 +84,5 @@ PULL_CUBE = Task(
   camera=Camera(eye=(0.30, 0.42, 0.45), target=(-0.08, 0.0, 0.05), fov=0.75),  # from the side: the hand hides little
   colour="blue",
   region=Region((-0.1, -0.1), (0.1, 0.1), (-0.1, -0.15), (0.13, 0.15), along=("goal_region",)),
-  phrasings=("move the block to the target", "slide the cube toward the robot", "hook the block and move it to the goal"),
+  phrasings=("move the block to the target", "slide the cube toward the robot", "move the block to the ring"),
 )
