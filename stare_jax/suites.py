@@ -31,7 +31,7 @@ FAMILIES = ("in-distribution", "vision", "semantics", "execution")
 # Colours of objects, as the tiny policy's vocabulary names them; sRGB in [0, 1].
 COLOURS: dict[str, tuple[float, float, float]] = {
   "red": (0.80, 0.08, 0.08), "blue": (0.10, 0.20, 0.85), "yellow": (0.95, 0.85, 0.10), "purple": (0.55, 0.15, 0.75),
-  "orange": (1.00, 0.50, 0.05), "white": (0.95, 0.95, 0.95),
+  "orange": (1.00, 0.50, 0.05),
 }  # fmt: skip
 # What each simulator can change; an instruction is the policy's matter and needs none.
 CAN_CHANGE: dict[str, tuple[str, ...]] = {

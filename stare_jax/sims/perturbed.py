@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stare_jax import suites
-from stare_jax.sims import textures
+from stare_jax.sims import lite, textures
 from stare_jax.sims.bridge import FRAME, Bridge
 from stare_jax.sims.maniskill import ManiSkill
 
@@ -106,6 +106,17 @@ class Perturbed(ManiSkill):
     moved[:3, :3], moved[:3, 3] = turn @ matrix[:3, :3], pivot + turn @ (eye - pivot)
     self._set(camera, "local_pose", camera.entity.pose.inv() * type(world)(moved))
 
+  def _projection(self) -> np.ndarray:
+    """float64[3, 4]: (x, y, z, 1), metres, to pixels in homogeneous coordinates."""
+    camera = self._camera
+    world = (camera.entity.pose * camera.local_pose).to_transformation_matrix().astype(np.float64)
+    axes = np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]]) @ world[:3, :3].T  # SAPIEN looks along x, z is up
+    return camera.get_intrinsic_matrix() @ np.concatenate([axes, -axes @ world[:3, 3:]], axis=1)
+
+  def _in_view(self, point: np.ndarray) -> bool:
+    u, v, depth = self._projection() @ np.append(point, 1.0)
+    return depth > 0 and 0 <= u / depth <= self._camera.width and 0 <= v / depth <= self._camera.height
+
   def _change_light(self, dark: Range, bright: Range, tint: float) -> np.ndarray:
     """Multiplies every light by one colour, float64[3], and returns it."""
     import sapien.render
@@ -132,14 +143,15 @@ class Perturbed(ManiSkill):
   # --------------------------------------------------------------------------------------------- where things are
 
   def _change_arm(self, joint: Range, tool: Range) -> None:
-    """Turns every joint of the arm, drawn again until the tool has moved far enough, not too far, and not too low."""
+    """Turns every joint of the arm, drawn again until the tool has moved far enough, not too far, and can be seen."""
     robot, usual, place = self._robot, self._robot.get_qpos(), self._tcp.pose.p
     for _ in range(_TRIES):
       qpos = usual.copy()
       qpos[:-2] += np.array([self._either(joint) for _ in qpos[:-2]])  # the last two are the fingers
       robot.set_qpos(qpos)
       here = self._tcp.pose.p
-      if here[2] >= self.TABLE + _ABOVE and tool[0] <= np.linalg.norm(here - place) <= tool[1]:
+      far = tool[0] <= np.linalg.norm(here - place) <= tool[1]
+      if far and here[2] >= self.TABLE + _ABOVE and self._in_view(here):
         break
     self._env.agent.reset(init_qpos=qpos)
 
@@ -262,14 +274,15 @@ class Photographed(Perturbed, Bridge):
       warp = self._onto_image() @ np.linalg.inv(before)
       moved = cv2.warpPerspective(self._background, warp, self._frame, borderMode=cv2.BORDER_REFLECT_101)
       self._set(self, "_background", moved)
+    if self._sink is not None:
+      sink = self._env.scene.actors["sink"]
+      lite.show(sink, True)
+      self._set(self, "_sink", self._depth_alone(sink))
+      lite.show(sink, False)
 
   def _onto_image(self) -> np.ndarray:
     """float64[3, 3]: the table's (x, y, 1), metres, to pixels in homogeneous coordinates."""
-    camera = self._camera
-    world = (camera.entity.pose * camera.local_pose).to_transformation_matrix().astype(np.float64)
-    axes = np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]]) @ world[:3, :3].T  # SAPIEN looks along x, z is up
-    origin = np.array([0.0, 0.0, self.TABLE]) - world[:3, 3]
-    return camera.get_intrinsic_matrix() @ np.stack([axes[:, 0], axes[:, 1], axes @ origin], axis=1)
+    return self._projection() @ np.array([[1, 0, 0], [0, 1, 0], [0, 0, self.TABLE], [0, 0, 1]])
 
   def _change_table(self) -> None:
     """A texture in perspective on the table, under the photograph's light; half of it over all of the sink."""
