@@ -43,7 +43,7 @@ def main() -> None:
   parser.add_argument("--tasks", nargs="+", default=["pick_cube", "put_carrot_on_plate"])
   parser.add_argument("--episodes", type=int, default=3)
   parser.add_argument("--first", type=int, default=0, help="seed of the first episode")
-  parser.add_argument("--size", type=int, default=112, help="of a picture, pixels")
+  parser.add_argument("--size", type=int, default=96, help="of a picture, pixels")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/suites.jpg"))
   arguments = parser.parse_args()
   size, episodes = arguments.size, arguments.episodes
@@ -55,7 +55,7 @@ def main() -> None:
     for x, strips in enumerate(columns):
       if strips[row] is not None:
         picture.paste(Image.fromarray(strips[row]), (x * episodes * size, row * (size + BAR) + BAR))
-  picture.save(arguments.out, quality=75, optimize=True)
+  picture.save(arguments.out, quality=65, optimize=True)
   print(f"{arguments.out}: {picture.width} x {picture.height}, {arguments.out.stat().st_size / 1000:.0f} kB")
 
 

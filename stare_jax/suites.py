@@ -143,7 +143,9 @@ def fields(suite: Suite | None, task: Any) -> dict[str, Any]:
   """What decides the episodes of an evaluation beside its starts: results of other values are not these."""
   if suite is None:
     return {}
-  return for_worker(suite, task) | {"instructions": instructions(suite, task)}
+  needs = {"colours": {"colour", "distractor"}, "region": {"distractor", "place", "move"}}
+  found = for_worker(suite, task) | {"instructions": instructions(suite, task)}
+  return {key: value for key, value in found.items() if key not in needs or needs[key] & set(suite.changes)}
 
 
 def colour_words(task: Any) -> tuple[str, ...]:
