@@ -273,13 +273,14 @@ def test_objects_go_where_suites_put_them(real):
   task, sim = real
   low, high, outer_low, outer_high, along = task.region
   for seed in (41, 42, 43):
-    before = unpack_signals(play(task, sim, suites.IN_DISTRIBUTION, seed, plan=PLAN[:0])[1])
+    before = unpack_signals(play(task, sim, suites.IN_DISTRIBUTION, seed, plan=PLAN[:2])[1])
     now = unpack_signals(play(task, sim, suites.get("object_position"), seed, plan=PLAN[:2])[1])
     place, usual = now["object_pose"][0], before["object_pose"][0]
     assert (place[:2] < low).any() or (place[:2] > high).any()
     assert (place[:2] >= np.float32(outer_low)).all() and (place[:2] <= np.float32(outer_high)).all()
     np.testing.assert_array_equal(place[2:], usual[2:])
-    assert np.abs(now["object_velocity"][1:]).max() < 0.1  # it lies, and does not fall or jump
+    speed, least = (np.abs(x["object_velocity"][1:]).max() for x in (now, before))
+    assert speed < 0.1 + 2 * least, f"{speed} against {least}"  # it lies as it does there: a carrot rolls a little
     gap = now["goal_pose"][0, :2] - place[:2]
     if along:
       np.testing.assert_allclose(gap, before["goal_pose"][0, :2] - usual[:2], atol=1e-6)

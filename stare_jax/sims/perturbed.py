@@ -178,11 +178,11 @@ class Perturbed(ManiSkill):
     free = [p for p in places if _distance(p, standing) >= self.GAP and _distance(p, tool) >= _CLEAR]
     if not free or bool(self._is_grasping(self._object)):
       return
-    by = np.array([*(free[0] - body.pose.p[:2]), 0.0])
+    by, asleep = np.array([*(free[0] - body.pose.p[:2]), 0.0]), self._body.is_sleeping
     for entity in moving:
       entity.pose = type(entity.pose)(entity.pose.p + by, entity.pose.q)
     self._body.linear_velocity = self._body.angular_velocity = np.zeros(3)
-    self._body.wake_up()
+    self._body.put_to_sleep() if asleep else self._body.wake_up()  # a round thing that lay still does so there, too
 
   def _standing(self, moving: Sequence[Any]) -> list[Any]:
     """The goal, if it is a thing that stands on the table and not one of `moving`: no object belongs into it."""
