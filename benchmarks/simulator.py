@@ -6,6 +6,8 @@ Prints one JSON line per figure, each measured after a warm-up:
   stock   gym.make with ManiSkill's own meshes, shader and step, in a process of its own
   pool    `sims.make`: environments on worker processes, random actions, resets every 50 steps included
   parts   milliseconds of one control step inside a worker: action (controller), physics, picture, signals; and reset
+  suite   with --suite NAME ... (or all), nothing else: episodes of an evaluation suite beside in-distribution ones, in
+          turns in one worker; `over` is the share of processor time that it costs more, resets included
 Meant for idle cores: a busy machine halves the figures. `cpu_ms_per_step` is the processor time of one step of one
 environment in its worker and suffers less.
 """
@@ -20,7 +22,7 @@ import time
 
 import numpy as np
 
-from stare_jax import sims, tasks
+from stare_jax import sims, suites, tasks
 
 _STOCK = """
 import json, sys, time, warnings; warnings.filterwarnings("ignore")
@@ -110,6 +112,28 @@ def pool(task: tasks.Task, size: int, num_workers: int, num_envs: int, seconds: 
   return dict(steps_per_second=round(total / wall, 1), cpu_ms_per_step=round(1e3 * busy / total, 2))
 
 
+def suite_costs(task: tasks.Task, size: int, names: list[str], rounds: int) -> None:
+  """Episodes of `horizon` steps with one plan of actions, suite after suite in every round, in one process."""
+  chosen = [s for s in suites.SUITES if s.name in names or "all" in names or s is suites.IN_DISTRIBUTION]
+  chosen = [s for s in chosen if not suites.why_not(s, task, "maniskill")]
+  plan = np.random.default_rng(0).uniform(-1, 1, (task.horizon, 7)).astype(np.float32) * np.float32(task.unit)
+  busy = dict.fromkeys([s.name for s in chosen], 0.0)
+  with sims.make("maniskill", task=task, num_envs=1, num_workers=1, image_size=size) as sim:
+    for i in range(-1, rounds):  # the first is a warm-up
+      for suite in chosen if i % 2 else chosen[::-1]:
+        sim.suite = suites.for_worker(suite, task) if suite.changes else None
+        before = cpu_seconds(sim)
+        sim.reset([0], [1000 + i])
+        for action in plan:
+          sim.step([0], action[None])
+        busy[suite.name] += (cpu_seconds(sim) - before) * (i >= 0)
+  ms = {name: 1e3 * seconds / (rounds * task.horizon) for name, seconds in busy.items()}
+  for name, value in ms.items():
+    over = value / ms[suites.IN_DISTRIBUTION.name] - 1
+    report(what="suite", task=task.name, image_size=size, suite=name, cpu_ms_per_step=round(value, 2),
+           over=round(over, 3), steps=rounds * task.horizon)  # fmt: skip
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--task", default="pick_cube")
@@ -118,8 +142,14 @@ def main() -> None:
   parser.add_argument("--envs", type=int, default=2, help="environments per worker")
   parser.add_argument("--seconds", type=float, default=5.0)
   parser.add_argument("--no-stock", action="store_true", help="skip the comparison")
+  parser.add_argument("--suite", nargs="+", default=[], help="names of evaluation suites, or all")
+  parser.add_argument("--rounds", type=int, default=20, help="episodes of each suite")
   arguments = parser.parse_args()
   task = tasks.get(arguments.task)
+  if arguments.suite:
+    for size in arguments.sizes:
+      suite_costs(task, size, arguments.suite, arguments.rounds)
+    return
   scene = task.env_options.get("scene", "table")
   for size in arguments.sizes:
     common = dict(task=task.name, image_size=size)

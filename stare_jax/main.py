@@ -71,11 +71,12 @@ def main(argv: list[str]) -> int | None:
   if DISTRIBUTED.value != "off":
     join()
 
-  from stare_jax import pipeline, processes
+  from stare_jax import pipeline, pipeline_suites, processes
 
   log.info("run folder: %s", workdir)
+  job = pipeline_suites if "suites" in config else pipeline
   try:
-    pipeline.run(config, workdir, command=command, stop=lambda: bool(stopping))
+    job.run(config, workdir, command=command, stop=lambda: bool(stopping))
   except pipeline.Stop:
     why = signal.Signals(stopping[0]).name if stopping else "a signal to another process"
     log.info("stopped on %s; the same command continues from the last checkpoint", why)
@@ -93,8 +94,11 @@ def main(argv: list[str]) -> int | None:
   processes.leave()
   if not processes.first():
     return
-  print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
-        f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
+  if job is pipeline_suites:
+    print(f"\nDone. Results are in {workdir}:\n  suites.html    open it in a browser\n  suites.md, suites.json")
+  else:
+    print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
+          f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
 
 
 def wrong_processes(address: str, count: int | None, index: int | None) -> str:

@@ -31,8 +31,10 @@ from stare_jax import (
   policies,
   processes,
   report,
+  report_suites,
   sims,
   stages,
+  suites,
   train,
 )
 from stare_jax.config import PHASES, ConfigError
@@ -171,22 +173,35 @@ def evaluation_starts(task: Any, episodes: int, seed: int) -> list[Start]:
   return [Start(i % task.starts, i // task.starts) for i in range(episodes)]
 
 
-def evaluation(run: Run, label: str, params: Any) -> dict:
-  """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters."""
+def evaluation(
+  run: Run, label: str, params: Any, *, suite: suites.Suite | None = None, block: int = 0, show: int = 0
+) -> dict:
+  """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters.
+
+  Args:
+    suite: what the episodes have that training's have not; None: nothing.
+    block: how many times `evaluation.episodes` starts are left to other evaluations before these begin.
+    show: how many episodes' first pictures go to pictures/<label>.jpg.
+  """
   c = run.config.evaluation
   fields = {f"evaluation.{k}": v for k, v in c.items()} | {
     "params": run.base.sha256(run.policy, params), "task": run.task.name,
     "sim": {k: v for k, v in run.config.sim.items() if k != "python"},
     "offset": run.config.interaction.offset, "videos": run.config.report.videos,
   }  # fmt: skip
+  if suite is not None or block:
+    fields |= {"suite": suites.fields(suite, run.task), "block": block}
   digest = checkpoint.config_digest(fields)
   if found := pipeline_together.evaluated(run.workdir / "evaluations" / f"{label}.json", digest):
     return found
-  began, starts = time.monotonic(), evaluation_starts(run.task, c.episodes, c.seed)
+  began = time.monotonic()
+  starts = evaluation_starts(run.task, (block + 1) * c.episodes, c.seed)[block * c.episodes :]
   here = len(pipeline_together.share(starts))
   with report.Progress(f"{label} evaluation", here, unit="episode", quiet=not processes.first()) as bar:
-    collector = run.collector(run.actor(params, "evaluation", c.temperature), progress=bar, stop_on_success=False)
-    episodes, images = pipeline_together.episodes(collector, starts)
+    actor = run.actor(params, "evaluation", c.temperature)
+    collector = run.collector(actor, progress=bar, stop_on_success=False)
+    with run.changed(suite, actor):
+      episodes, images = pipeline_together.episodes(collector, starts)
   staged = stages.annotate(run.task, episodes, offset=run.config.interaction.offset)
   names = [stage.name for stage in run.task.stages]
   result = evaluate.summarise(
@@ -194,10 +209,14 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
   )
   half = run.config.report.videos // 2
   picked = evaluate.pick_samples(staged, successes=run.config.report.videos - half, failures=half)
-  frames = images(picked)
+  frames = images([*picked, *range(min(show, len(staged)))])
   result |= {"simulator": run.config.sim.name, "digest": digest}
   if not processes.first():
     return result
+  if show:
+    told = [actor.told(start) for start in starts[:show]]
+    result["told"] = told
+    report_suites.write_strip(run.workdir, label, [frames[i] for i in range(len(told))], suite.shown if suite else (0,))
   report.clear_samples(run.workdir, label)
   for index, i in enumerate(picked):
     item = staged[i]
@@ -205,7 +224,7 @@ def evaluation(run: Run, label: str, params: Any) -> dict:
       run.workdir, label=label, index=index, frames=frames[i], fps=run.task.control_hz / 2,
       task=run.task.name, seed=item.episode.seed, success=bool(item.episode.success[1:].any()), stages=names,
       stage_id=item.stage_id, completed_at=item.completed_at, potential=item.potential,
-      instruction=run.task.instruction,
+      instruction=actor.told(starts[i]),
     )  # fmt: skip
   report.write_evaluation(run.workdir, result)
   return result

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from stare_jax import losses, sims, tasks
+from stare_jax import losses, sims, suites, tasks
 from stare_jax.config import ConfigError, suggest, validate
 from stare_jax.sims import pool
 
@@ -15,8 +15,9 @@ from stare_jax.sims import pool
 def resolved(config: Any) -> Any:
   """The configuration with what it leaves to the task filled in: what a run does, and what its folder records.
 
-  `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon and
-  `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
+  `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon, `interaction.steps` =
+  0 the horizon, and `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
+  Published starts count alike: `evaluation.episodes` above their number becomes the next multiple of it.
   """
   if config.task not in tasks.names():  # `check` says so
     return config
@@ -25,6 +26,9 @@ def resolved(config: Any) -> Any:
     task = tasks.get(config.task)
     config.sim.name = task.simulator if config.sim.name == "maniskill" else config.sim.name
     config.sim.horizon = config.sim.horizon or task.horizon
+    config.interaction.steps = config.interaction.steps or config.sim.horizon
+    if task.starts and config.evaluation.episodes > task.starts:
+      config.evaluation.episodes = task.starts * -(-config.evaluation.episodes // task.starts)
     longest = config.preference.tail or config.sim.horizon
     config.preference.buckets = tuple(config.preference.buckets) or (longest,)
   return config
@@ -42,6 +46,11 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   for phase in ("imitation", "preference"):
     if (name := config[phase].loss) not in losses.names(phase):
       raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names(phase))}')
+  if "suites" in config:
+    chosen_suites(config)
+    if config.suites.seeds < 1 or config.suites.pictures < 0:
+      raise ConfigError(f"suites.seeds = {config.suites.seeds} and suites.pictures = {config.suites.pictures}: "
+                        f"expected at least 1 and 0")
   check_folder(pathlib.Path(workdir))
 
 
@@ -62,6 +71,20 @@ def check_simulator(config: Any) -> None:
     raise ConfigError(f'task "{config.task}" runs in SimplerEnv\'s own package, which cannot live beside the '
                       f"learner's: name an interpreter that has it with --config.sim.python=FOLDER/bin/python; "
                       f"docs/simpler_env.md says how to make one")
+
+
+def chosen_suites(config: Any) -> list[tuple[suites.Suite, str]]:
+  """(suite, why it cannot be run here or "") of a configuration. One asked for by name that cannot is an error."""
+  try:
+    wanted, named = suites.choose(tuple(config.suites.names))
+  except ValueError as error:
+    raise ConfigError(f"suites.names = {tuple(config.suites.names)}: {error}") from error
+  task = tasks.get(config.task)
+  found = [(suite, suites.why_not(suite, task, config.sim.name)) for suite in wanted]
+  for suite, why in found:
+    if why and suite.name in named:
+      raise ConfigError(f'suites.names asks for "{suite.name}": {why}; leave it out, or ask for "all" to run the rest')
+  return found
 
 
 def check_folder(workdir: pathlib.Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from stare_jax import (
   report,
   sharding,
   sims,
+  suites,
   tasks,
   train,
   train_critic,
@@ -52,6 +54,9 @@ class Run:
     self.config, self.stop = resolved(config), stop
     self.workdir = pathlib.Path(workdir)
     self.task = tasks.get(config.task)
+    if (episodes := self.config.evaluation.episodes) != config.evaluation.episodes:
+      log.info("evaluation.episodes: %d, not %d, so that each of the %d published starts of %s counts alike", episodes,
+               config.evaluation.episodes, self.task.starts, self.task.name)  # fmt: skip
     self.mesh = sharding.make_mesh(dict(config.mesh))
     self.key = jax.random.key(config.seed)
     self._check_shards()
@@ -177,6 +182,18 @@ class Run:
     key = jax.random.fold_in(self.key, int.from_bytes(purpose.encode()[:4], "little"))
     params = sharding.local_copy(params, self.param_axes)
     return PolicyActor(self.act, self.policy, params, key, temperature, self.task.instruction)
+
+  @contextlib.contextmanager
+  def changed(self, suite: suites.Suite | None, actor: PolicyActor) -> Iterator[None]:
+    """Inside, episodes and what the actor is told are as `suite` has them; None changes nothing."""
+    if suite is not None:
+      actor.instruction = lambda start: suites.instruction(suite, self.task, start.seed)
+      self.sim.suite = suites.for_worker(suite, self.task)
+    try:
+      yield
+    finally:
+      if suite is not None:
+        self.sim.suite = None
 
   def mine(self, x: np.ndarray) -> np.ndarray:
     """The rows of a batch that this process puts on its devices: all of them, where it is the only one."""

@@ -273,7 +273,7 @@ class PolicyActor:
     params: the parameters.
     key: uint32 key data; with the start and the step it fixes every sample.
     temperature: of sampling; 0 takes the most likely token.
-    instruction: what the policy is told.
+    instruction: what the policy is told, or what says it of a start.
   """
 
   act: Callable
@@ -281,15 +281,19 @@ class PolicyActor:
   params: Any
   key: Any
   temperature: float
-  instruction: str
+  instruction: str | Callable[[Start], str]
 
   def __call__(self, images, signals, starts, steps, live) -> Decision:
-    obs = self.policy.encode(images, [self.instruction] * len(images))
+    obs = self.policy.encode(images, [self.told(start) for start in starts])
     seeds = np.array([start.seed for start in starts], np.uint32)
     samples = np.array([start.sample * (at >= start.parts_at) for start, at in zip(starts, steps)], np.uint32)
     out = self.act(self.params, obs, self.key, seeds, samples, steps.astype(np.uint32), np.float32(self.temperature))
     tokens, log_prob, value = (np.asarray(x) for x in out)
     return Decision(self.policy.decode(tokens), tokens, log_prob, value)
+
+  def told(self, start: Start) -> str:
+    """The instruction in the episode of a start."""
+    return self.instruction(start) if callable(self.instruction) else self.instruction
 
 
 def compile_act(policy: Any) -> Callable:

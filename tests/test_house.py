@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "convert": ("checkpoint", "policies", "pipeline"),
   "pipeline": (
     "losses", "policies", "tasks", "sims", "rollout", "stages", "batching", "dataset", "train", "sharding",
-    "checkpoint", "evaluate", "report", "config", "episode", "processes",
+    "checkpoint", "evaluate", "report", "config", "episode", "processes", "suites",
   ),
   "compile": ("pipeline", "policies", "roofline", "sharding", "train"),
   "roofline": ("sharding",),
@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "losses": (),
   "policies": ("episode", "checkpoint", "sharding"),
   "tasks": ("episode",),
-  "sims": ("episode",),
+  "sims": ("episode", "suites"),
+  "suites": (),
   "processes": (),
   "sharding": (),
   "checkpoint": (),
@@ -48,11 +49,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 HEAVY = (  # the simulator's side, and anything as slow
   "torch", "mani_skill", "transformers", "sapien", "gymnasium", "simpler_env", "mani_skill2_real2sim",
 )  # fmt: skip
-LIGHT_ROOMS = ("losses", "stages", "tasks", "policies", "episode", "batching", "dataset", "config", "evaluate", "sims")
+LIGHT_ROOMS = ("losses", "stages", "tasks", "policies", "episode", "batching", "dataset", "config", "evaluate", "sims",
+               "suites")  # fmt: skip
 # Worker processes only.
-SIMULATOR_SIDE = (
-  "stare_jax/sims/maniskill.py", "stare_jax/sims/bridge.py", "stare_jax/sims/lite.py", "stare_jax/sims/simpler.py",
-)  # fmt: skip
+SIMULATOR_SIDE = tuple(
+  f"stare_jax/sims/{name}.py" for name in ("maniskill", "bridge", "lite", "perturbed", "simpler")
+)
 
 # Put together from pieces, so that this file does not contain what it looks for.
 MACHINE_PATHS = re.compile("|".join((

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from stare_jax import losses, pipeline, pipeline_updates, tasks
+from stare_jax import losses, pipeline, pipeline_updates, suites, tasks
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
 from stare_jax.pipeline_run import minibatch
@@ -181,3 +181,36 @@ def test_trajectory_preferences_and_the_policys_own_critic(tmp_path, toy_environ
 def test_tasks_of_the_presets_have_stages():
   for name in tasks.names():
     assert tasks.get(name).stages
+
+
+def test_a_checkpoint_under_suites_resumed(tmp_path, toy_environment, uninterrupted):
+  """In-distribution is the run's own evaluation; what is there is not run again, what is gone comes back the same."""
+  workdir, config = tmp_path / "suites", f"configs/eval.py:run={uninterrupted}"
+  flags = ("--config.suites.seeds=2", "--config.suites.pictures=2")
+  done = toy_run.launch(workdir, toy_environment, *flags, config=config)
+  assert done.returncode == 0, done.stdout + done.stderr
+  of_run = json.loads((uninterrupted / "evaluations" / "interaction.json").read_text())
+  found = {path.stem: json.loads(path.read_text()) for path in sorted((workdir / "evaluations").glob("*.json"))}
+  run = ("image_noise", "in_distribution", "instruction")  # what the toy can change
+  assert list(found) == [f"{name}-{seed}" for name in run for seed in (0, 1)]
+  skipped = {"label", "digest", "seconds", "told"}
+  compared = {name: value for name, value in of_run.items() if name not in skipped}
+  assert {name: found["in_distribution-0"][name] for name in compared} == compared
+  assert found["in_distribution-1"]["seeds"][0] == of_run["seeds"][1] + 1
+  table = json.loads((workdir / "suites.json").read_text())
+  assert [row["suite"] for row in table["rows"]] == list(suites.names())
+  assert table["params_sha256"] == json.loads((uninterrupted / "summary.json").read_text())["params_sha256"]
+  assert "cannot change: camera" in table["rows"][1]["not_run"]
+  assert (workdir / "pictures" / "image_noise-0.jpg").stat().st_size > 0
+
+  files = {path: path.stat().st_mtime_ns for path in (workdir / "evaluations").iterdir()}
+  gone = workdir / "evaluations" / "image_noise-1.json"
+  gone.unlink()
+  done = toy_run.launch(workdir, toy_environment, *flags, config=config)
+  assert done.returncode == 0 and "image_noise-1 evaluation" in done.stderr and "noise-0 evaluation" not in done.stderr
+  del files[gone]
+  assert {path: path.stat().st_mtime_ns for path in files} == files
+  same = lambda result: {name: value for name, value in result.items() if name != "seconds"}
+  assert same(json.loads(gone.read_text())) == same(found[gone.stem])
+  again = json.loads((workdir / "suites.json").read_text())
+  assert again["rows"] == table["rows"]

@@ -152,10 +152,10 @@ class Bridge(ManiSkill):
     label, z = self._labels()
     kept = np.zeros(np.iinfo(np.uint16).max + 1, np.uint8)
     kept[self._kept()] = 1
-    mask = kept[label]
+    self._mask = kept[label]
     if self._sink is not None:
-      mask &= z >= self._sink
-    return cv2.copyTo(drawn, mask, self._background.copy())
+      self._mask &= z >= self._sink
+    return cv2.copyTo(drawn, self._mask, self._background.copy())
 
   def _labels(self) -> tuple[np.ndarray, np.ndarray | None]:
     """Of the last picture, int[H, W] each: the entity that a pixel shows, and the camera's z of it if the shader says.

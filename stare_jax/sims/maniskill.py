@@ -22,7 +22,7 @@ import numpy as np
 from stare_jax.episode import SIGNALS
 from stare_jax.sims import SimulatorError, load
 
-_SNAPSHOT_VERSION = 1
+_SNAPSHOT_VERSION = 2
 _GRASP_FORCE = 0.5  # newtons per finger, and
 _GRASP_ANGLE = 85.0  # degrees from the finger's opening direction: ManiSkill's definition of a grasp
 _NO_DEVICE = (
@@ -33,7 +33,7 @@ _NO_DEVICE = (
 )
 _COMMON = dict(num_envs=1, sim_backend="physx_cpu", render_mode=None, reward_mode="none")
 # A task names its scene in env_options: how the robot, the camera and the start of an episode are found.
-SCENES = {"table": "stare_jax.sims.maniskill:ManiSkill", "bridge": "stare_jax.sims.bridge:Bridge"}
+SCENES = {"table": "stare_jax.sims.perturbed:Table", "bridge": "stare_jax.sims.perturbed:Photographed"}
 
 
 def make(*, env_options: dict[str, Any], **spec: Any) -> ManiSkill:
@@ -48,6 +48,7 @@ def make(*, env_options: dict[str, Any], **spec: Any) -> ManiSkill:
 class ManiSkill:
   """A `pool.Environment` over one `physx_cpu` ManiSkill environment with a fixed camera."""
 
+  _changed: tuple[Any, ...] = ()  # further arguments of the last reset, of an environment that takes some
   ROBOT_ASSETS: tuple[str, ...] = ()  # ManiSkill's names of what the robot needs downloaded; the Panda is part of it
 
   def __init__(
@@ -121,8 +122,9 @@ class ManiSkill:
   def snapshot(self) -> bytes:
     """The episode so far: seed, actions, and the state that they led to."""
     content = dict(
-      version=_SNAPSHOT_VERSION, env_id=self._env_id, seed=self._seed, actions=self._actions, state=self._state()
-    )
+      version=_SNAPSHOT_VERSION, env_id=self._env_id, start=(self._seed, *self._changed), actions=self._actions,
+      state=self._state(),
+    )  # fmt: skip
     return pickle.dumps(content)
 
   def restore(self, data: bytes) -> str | None:
@@ -136,7 +138,7 @@ class ManiSkill:
     if content["version"] != _SNAPSHOT_VERSION or content["env_id"] != self._env_id:
       found = f"version {content['version']} of {content['env_id']}"
       raise SimulatorError(f"snapshot is {found}, expected version {_SNAPSHOT_VERSION} of {self._env_id}")
-    self.reset(content["seed"])
+    self.reset(*content["start"])
     for action in content["actions"]:
       self.step(action)
     error = float(np.max(np.abs(self._state() - content["state"])))

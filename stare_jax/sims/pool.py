@@ -40,8 +40,11 @@ _LOG_TAIL = 1500  # characters of a dead worker's output that an event carries
 class Environment(Protocol):
   """What a simulator's class offers inside the worker; built as `Class(**spec)`."""
 
-  def reset(self, seed: int) -> None:
-    """Starts the episode that `seed` names, whatever happened before in this process."""
+  def reset(self, seed: int, suite: Any = None) -> None:
+    """Starts the episode that `seed` names, whatever happened before in this process.
+
+    One that never gets a suite (`suites.CAN_CHANGE` says which simulators do) need not take it.
+    """
 
   def step(self, action: np.ndarray) -> None:
     """One control step with float32[D]."""
@@ -128,7 +131,7 @@ def _serve(environment: Environment, slots: _Slots, env: int, kind: str, argumen
   if kind == "snapshot":
     return environment.snapshot()
   if kind == "reset":
-    environment.reset(argument)
+    environment.reset(*argument)
   elif kind == "step":
     environment.step(slots.actions[env].copy())
   elif kind == "restore":
@@ -262,6 +265,7 @@ class Pool:
       _check_plain(spec, "spec")
     self.restarts, self.events = 0, []
     self.about: dict[str, str] = {}  # versions of what the workers run on, once one is ready
+    self.suite: Any = None  # what every reset from now on changes: see `suites.for_worker`; None: nothing
     self._start = dict(
       environment=environment, spec=spec, num_envs=num_envs, image_size=image_size, action_size=action_size
     )
@@ -283,7 +287,8 @@ class Pool:
     """Asks each environment for the episode of its seed; ends what it was doing, heals a lost one."""
     if len(envs) != len(seeds):
       raise ValueError(f"reset: {len(envs)} environments but {len(seeds)} seeds")
-    self._send("reset", {int(env): int(seed) for env, seed in zip(envs, seeds, strict=True)})
+    change = () if self.suite is None else (self.suite,)
+    self._send("reset", {int(env): (int(seed), *change) for env, seed in zip(envs, seeds, strict=True)})
 
   def send_step(self, envs: Sequence[int], actions: np.ndarray) -> None:
     """Asks each environment for one control step; actions float32[n, D] in [-1, 1]."""

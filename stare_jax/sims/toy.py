@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from stare_jax import suites
 from stare_jax.episode import pack_signals
+from stare_jax.sims import textures
 
 _REACH = 0.05  # metres that an action of 1 moves the gripper
 _RADIUS = 0.05  # the gripper touches the cube within this distance, metres
@@ -26,8 +28,12 @@ class Toy:
     self._size = image_size
     self.reset(0)
 
-  def reset(self, seed: int) -> None:
-    """The initial state that `seed` names."""
+  def reset(self, seed: int, suite: dict[str, Any] | None = None) -> None:
+    """The initial state that `seed` names; of a suite's changes it knows noise."""
+    self._noise, self._steps = None, 0
+    if suite is not None and "noise" in suite["changes"]:
+      draw = suites.generator(suite["name"], seed)
+      self._noise = textures.noise(draw, self._size, draw.uniform(*suite["changes"]["noise"]["sigma"]))
     rng = np.random.default_rng(seed)
     self._cube = np.append(rng.uniform(-0.1, 0.1, 2), 0.02)
     self._goal = self._cube + [-0.2, 0.0, -0.02]
@@ -37,6 +43,7 @@ class Toy:
 
   def step(self, action: np.ndarray) -> None:
     """float32[7]: three displacements, three rotations that nothing turns, gripper (+1 open)."""
+    self._steps += 1
     before = self._cube.copy()
     motion = _REACH * np.clip(action[:3], -1, 1).astype(np.float64)
     near = float(np.linalg.norm(self._tcp - self._cube)) < 0.02
@@ -72,6 +79,8 @@ class Toy:
       low, high = (position[:2] - half + _TABLE), (position[:2] + half + _TABLE)
       rows, columns = (slice(*np.clip([a, b], 0, self._size).astype(int)) for a, b in self._pixels(low, high))
       image[rows, columns] = colour
+    if self._noise is not None:
+      image[...] = np.clip(image + textures.cut(self._noise, self._size, self._steps), 0, 255)
     signals[...] = pack_signals(self._signals())
 
   def _pixels(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -61,6 +61,22 @@ class Actors(NamedTuple):
   goal: str | None
 
 
+class Region(NamedTuple):
+  """Where a task's object starts (x, y in metres, world frame), for suites that put it elsewhere.
+
+  Attributes:
+    low, high: corners of the rectangle that holds every start of training.
+    outer_low, outer_high: of the one that an arm still reaches and the camera shows.
+    along: the simulator's names of what keeps its place relative to the object, such as a goal at a fixed distance.
+  """
+
+  low: tuple[float, float]
+  high: tuple[float, float]
+  outer_low: tuple[float, float]
+  outer_high: tuple[float, float]
+  along: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage of a task.
@@ -98,6 +114,10 @@ class Task:
       another start. None: there are none, and every seed is as good.
     simulator: the one that has the environment, a key of `sims.REGISTRY`.
     unit: the translation that noise of 1 stands for, in the action's own units: 1 where actions lie in [-1, 1].
+    colour: the colour of the object, in a word: one that a suite must not give it. Where the instruction names it, the
+      word follows the colour.
+    region: where the object starts; None: not known, and nothing puts it elsewhere.
+    phrasings: other ways to say the instruction, never used in training.
     env_options: further arguments of the environment. `scene` and `show_goal` are the simulator's own: which kind of
       scene it is, and to draw the goal marker that the environment hides from its cameras.
   """
@@ -114,6 +134,9 @@ class Task:
   starts: int | None = None
   simulator: str = "maniskill"
   unit: float = 1.0
+  colour: str = ""
+  region: Region | None = None
+  phrasings: tuple[str, ...] = ()
   env_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(PANDA))
 
   def __post_init__(self):

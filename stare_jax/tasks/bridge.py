@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stare_jax.tasks import Actors, Stage, Task, experts, rules
+from stare_jax.tasks import Actors, Region, Stage, Task, experts, rules
 from stare_jax.tasks.experts import CLOSED, OPEN
 
 REACH = 0.03  # d_reach, metres from the tool to the object's centre
@@ -132,13 +132,20 @@ def _stages(rest: float, d_goal: float) -> tuple[Stage, ...]:
 
 
 def _task(name: str, *, env_id: str, instruction: str, stages: tuple[Stage, ...], plan: experts.Plan, starts: int,
-          horizon: int = 60, jitter: tuple[float, float, float] = (0.015, 0.35, 0.015)) -> Task:  # fmt: skip
+          horizon: int = 60, jitter: tuple[float, float, float] = (0.015, 0.35, 0.015),
+          **words: Any) -> Task:  # fmt: skip
+  """`words`: the task's colour, region and phrasings."""
   options: dict[str, Any] = dict(scene="bridge", jitter=jitter)
   return Task(
     name=name, env_id=env_id, instruction=instruction, stages=stages, actors=Actors(object="source", goal="target"),
     expert=scripted(plan), camera=None, horizon=horizon, control_hz=5, starts=starts, unit=STEP, env_options=options,
+    **words,
   )  # fmt: skip
 
+
+# The published starts of the table, which displaced ones leave by 1.5 cm; and further out on the photograph's table.
+TABLE = Region((-0.25, -0.09), (-0.07, 0.09), (-0.28, -0.13), (-0.04, 0.13))
+BLOCKS = Region((-0.275, -0.115), (-0.045, 0.115), (-0.30, -0.14), (-0.02, 0.14))  # of the wider of its two squares
 
 PUT_CARROT_ON_PLATE = _task(
   "put_carrot_on_plate",
@@ -147,6 +154,9 @@ PUT_CARROT_ON_PLATE = _task(
   stages=_stages(rest=0.024, d_goal=0.03),
   plan=pick_and_place(lower=0.004, above=0.022),
   starts=24,
+  colour="orange",
+  region=TABLE,
+  phrasings=("place the carrot onto the plate", "pick up the carrot and put it on the plate", "move carrot to plate"),
 )
 
 PUT_SPOON_ON_TOWEL = _task(
@@ -156,6 +166,8 @@ PUT_SPOON_ON_TOWEL = _task(
   stages=_stages(rest=0.014, d_goal=0.03),
   plan=pick_and_place(along=0.01, above=0.018),
   starts=24,
+  region=TABLE,
+  phrasings=("place the spoon on top of the cloth", "pick up the spoon and put it on the towel", "move spoon to cloth"),
 )
 
 STACK_GREEN_ON_YELLOW = _task(
@@ -165,6 +177,10 @@ STACK_GREEN_ON_YELLOW = _task(
   stages=_stages(rest=0.03, d_goal=0.02),
   plan=pick_and_place(lower=0.002, above=0.033, square=True),
   starts=24,
+  colour="green",
+  region=BLOCKS,
+  phrasings=("put the green cube on top of the yellow cube", "place the green cube onto the yellow cube",
+             "lift the green block onto the yellow block"),
 )
 
 PUT_EGGPLANT_IN_BASKET = _task(
@@ -176,4 +192,7 @@ PUT_EGGPLANT_IN_BASKET = _task(
   starts=64,
   horizon=120,
   jitter=(0.01, 0.35, 0.0),  # the basket does not move
+  colour="purple",  # and no region: between the sink's walls there is no room
+  phrasings=("place the eggplant in the yellow basket", "move eggplant into the basket",
+             "pick up the eggplant and put it in the basket"),
 )

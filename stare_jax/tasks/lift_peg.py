@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stare_jax.tasks import Actors, Stage, Task, experts, rules
+from stare_jax.tasks import Actors, Region, Stage, Task, experts, rules
 from stare_jax.tasks.experts import OPEN
 
 REACH, LIFT = 0.025, 0.01  # metres: from the tool to the peg's axis; rise of the peg's centre
@@ -80,4 +80,6 @@ LIFT_PEG_UPRIGHT = Task(
   ),
   actors=Actors(object="peg", goal=None),
   expert=experts.scripted(lift_peg),
+  region=Region((-0.1, -0.1), (0.1, 0.1), (-0.13, -0.15), (0.1, 0.15)),
+  phrasings=("stand the stick up", "pick up the stick and turn it upright", "grasp the peg and put it upright"),
 )

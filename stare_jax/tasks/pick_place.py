@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stare_jax.tasks import PANDA, Actors, Camera, Stage, Task, experts, rules
+from stare_jax.tasks import PANDA, Actors, Camera, Region, Stage, Task, experts, rules
 from stare_jax.tasks.experts import CLOSED, OPEN
 
 REACH = 0.03  # d_reach, metres from the tool to the object's centre
@@ -110,11 +110,14 @@ def _stages(target: rules.Point, d_goal: float, axes: str) -> tuple[Stage, ...]:
 PICK_CUBE = Task(
   name="pick_cube",
   env_id="PickCube-v1",
-  instruction="pick up the cube and bring it to the goal",
+  instruction="pick up the cube and move it to the goal",
   stages=_stages(rules.goal, d_goal=0.05, axes="xyz"),  # the goal floats in the air
   actors=Actors(object="cube", goal="goal_site"),
   expert=experts.scripted(pick_cube),
   camera=Camera(eye=(0.65, 0.0, 0.83), target=(-0.13, 0.0, 0.05), fov=0.5),
+  colour="red",
+  region=Region((-0.1, -0.1), (0.1, 0.1), (-0.14, -0.17), (0.1, 0.17)),
+  phrasings=("lift the block to the target", "grasp the cube and move it to the goal", "move the block up to the ball"),
   env_options={**PANDA, "show_goal": True},
 )
 
@@ -126,6 +129,10 @@ STACK_CUBE = Task(
   actors=Actors(object="cubeA", goal="cubeB"),
   expert=experts.scripted(stack_cube),
   camera=Camera(eye=(0.81, 0.0, 0.83), target=(0.03, 0.0, 0.05), fov=0.69),
+  colour="red",
+  region=Region((-0.2, -0.3), (0.2, 0.3), (-0.24, -0.34), (0.1, 0.34)),
+  phrasings=("put the red block on top of the green block", "place the red cube onto the green cube",
+             "lift the red block onto the green block"),
 )
 
 PLACE_SPHERE = Task(
@@ -136,4 +143,7 @@ PLACE_SPHERE = Task(
   actors=Actors(object="obj", goal="bin"),
   expert=experts.scripted(place_sphere),
   camera=Camera(eye=(0.76, 0.0, 0.83), target=(-0.02, 0.0, 0.05), fov=0.36),
+  colour="blue",
+  region=Region((-0.1, -0.1), (-0.05, 0.1), (-0.14, -0.14), (-0.05, 0.14)),
+  phrasings=("put the ball into the box", "pick the ball up and put it in the box", "lift the ball into the hole"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stare_jax.tasks import Actors, Camera, Stage, Task, experts, rules
+from stare_jax.tasks import Actors, Camera, Region, Stage, Task, experts, rules
 from stare_jax.tasks.experts import CLOSED, OPEN
 
 HALF_LENGTH, HALF_WIDTH = 0.12, 0.025  # of the peg, metres
@@ -48,4 +48,8 @@ POKE_CUBE = Task(
   actors=Actors(object="peg", goal="goal_region"),
   expert=experts.scripted(poke),
   camera=Camera(eye=(0.97, 0.0, 0.83), target=(0.19, 0.0, 0.05), fov=0.54),
+  colour="blue",
+  region=Region((-0.1, -0.1), (0.1, 0.1), (-0.13, -0.15), (0.1, 0.15), along=("cube", "goal_region")),
+  phrasings=("push the block to the target with the stick", "grasp the stick and push the cube with it",
+             "press the cube forward with the peg"),
 )

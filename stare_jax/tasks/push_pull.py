@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stare_jax.tasks import Actors, Camera, Stage, Task, experts, rules
+from stare_jax.tasks import Actors, Camera, Region, Stage, Task, experts, rules
 
 REACH = 0.03  # metres from the contact point at which Reach ends
 FINGERS = 0.055  # metres from the cube's centre to the closed fingers' before they touch it
@@ -69,6 +69,9 @@ PUSH_CUBE = Task(
   actors=Actors(object="obj", goal="goal_region"),
   expert=experts.scripted(push),
   camera=Camera(eye=(0.92, 0.0, 0.83), target=(0.14, 0.0, 0.05), fov=0.5),
+  colour="blue",
+  region=Region((-0.1, -0.1), (0.1, 0.1), (-0.13, -0.16), (0.1, 0.16), along=("goal_region",)),
+  phrasings=("move the block forward to the target", "slide the cube ahead to the goal", "poke the block to the ring"),
 )
 
 PULL_CUBE = Task(
@@ -79,4 +82,7 @@ PULL_CUBE = Task(
   actors=Actors(object="obj", goal="goal_region"),
   expert=experts.scripted(pull),
   camera=Camera(eye=(0.30, 0.42, 0.45), target=(-0.08, 0.0, 0.05), fov=0.75),  # from the side: the hand hides little
+  colour="blue",
+  region=Region((-0.1, -0.1), (0.1, 0.1), (-0.1, -0.15), (0.13, 0.15), along=("goal_region",)),
+  phrasings=("move the block to the target", "slide the cube toward the robot", "move the block to the ring"),
 )
