@@ -341,6 +341,16 @@ def test_nothing_but_a_folder(tmp_path):
     report_html.render(tmp_path / "nowhere")
 
 
+def test_a_run_in_another_simulator_says_so(tmp_path):
+  """Success means something else there: the page must not be taken for one of ManiSkill3."""
+  fake_run.make(tmp_path, ("imitation",), videos=False)
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  for name, shown in (("maniskill", False), ("simpler", True)):
+    summary["config"]["sim"]["name"] = name
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert (f"simulator {name}" in check(report.build_report(tmp_path).read_text())) is shown
+
+
 def test_an_unfinished_run_says_so_and_shows_its_curves(tmp_path):
   fake_run.make(tmp_path, ("imitation", "preference"))
   (tmp_path / "summary.json").unlink()
