@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
 
   from stare_jax import pipeline, processes
 
+  processes.keep_memory()
   log.info("run folder: %s", workdir)
   try:
     pipeline.run(config, workdir, command=command, stop=lambda: bool(stopping))

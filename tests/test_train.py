@@ -414,18 +414,36 @@ def test_two_passes_are_the_one_shot_gradient(rng, micro_batch):
   assert set(metrics) >= {"loss", "margin", "accuracy"}
 
 
-def test_padded_steps_are_never_evaluated(rng):
+@pytest.mark.parametrize("micro_batch", [7, 1000])
+def test_padded_steps_are_never_evaluated(rng, micro_batch):
   """NaN observations, tokens out of range and NaN references in the padding: the same loss and gradient."""
   batch, params = small_model.pairs(rng), parameters(2)
   batch.obs["image"] = batch.obs["image"].astype(np.float32)
-  grads, value, _ = two_pass(params, batch, 7)
+  grads, value, _ = two_pass(params, batch, micro_batch)
   dirty = jax.tree.map(np.copy, batch)
   dirty.obs["image"][~batch.valid] = np.nan
   dirty.tokens[~batch.valid] = 10**6
   dirty.ref_log_prob[~batch.valid] = np.nan
-  grads_dirty, value_dirty, _ = two_pass(params, dirty, 7)
+  grads_dirty, value_dirty, _ = two_pass(params, dirty, micro_batch)
   chex.assert_trees_all_equal(grads, grads_dirty)
   assert float(value) == float(value_dirty)
+
+
+def test_a_micro_batch_that_holds_all_steps_runs_forward_once(rng):
+  batch, params, calls = small_model.pairs(rng), parameters(2), []
+
+  def log_prob(*args):
+    calls.append(args)  # while tracing: one program of it each
+    return small_model.log_prob(*args)
+
+  def counted(micro_batch):
+    calls.clear()
+    jax.make_jaxpr(
+      lambda p, b: train.preference_gradient(log_prob, stage_kernel, p, b, micro_batch=micro_batch)[0]
+    )(params, batch)  # fmt: skip
+    return len(calls)
+
+  assert (counted(batch.valid.size), counted(batch.valid.size - 1)) == (1, 2)
 
 
 def test_nothing_to_prefer_is_no_gradient(rng):
