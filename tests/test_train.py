@@ -77,8 +77,8 @@ def one_shot(params, batch):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def two_pass(params, batch, micro_batch):
-  return train.preference_gradient(small_model.log_prob, stage_kernel, params, batch, micro_batch=micro_batch)
+def two_pass(params, batch, micro_batch, log_prob=small_model.log_prob):
+  return train.preference_gradient(log_prob, stage_kernel, params, batch, micro_batch=micro_batch)
 
 
 # Micro-batches ---------------------------------------------------------------------------------------------
@@ -430,20 +430,12 @@ def test_padded_steps_are_never_evaluated(rng, micro_batch):
 
 
 def test_a_micro_batch_that_holds_all_steps_runs_forward_once(rng):
-  batch, params, calls = small_model.pairs(rng), parameters(2), []
-
-  def log_prob(*args):
-    calls.append(args)  # while tracing: one program of it each
-    return small_model.log_prob(*args)
-
-  def counted(micro_batch):
+  batch, calls = small_model.pairs(rng), []
+  log_prob = lambda *args: calls.append(args) or small_model.log_prob(*args)
+  for size, count in ((batch.valid.size, 1), (batch.valid.size - 1, 2)):
+    two_pass(parameters(), batch, size, log_prob)
+    assert len(calls) == count
     calls.clear()
-    jax.make_jaxpr(
-      lambda p, b: train.preference_gradient(log_prob, stage_kernel, p, b, micro_batch=micro_batch)[0]
-    )(params, batch)  # fmt: skip
-    return len(calls)
-
-  assert (counted(batch.valid.size), counted(batch.valid.size - 1)) == (1, 2)
 
 
 def test_nothing_to_prefer_is_no_gradient(rng):
