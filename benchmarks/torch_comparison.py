@@ -45,6 +45,7 @@ SMALL = dict(
   compute_dtype="float32",
   param_dtype="float32",
   remat="none",
+  unroll=True,
 )
 STEPS, STAGES = 4, 2  # of each episode in the preference batch
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bfloat16, from the vendor's data sheets
@@ -417,7 +418,11 @@ def synchronised(side: Any, call: Callable[[], Any]) -> Callable[[], None]:
 
 def main() -> None:
   args = arguments()
-  comparison = Comparison(args, share_cores(args.threads))
+  cores = share_cores(args.threads)
+  from stare_jax import processes  # which imports JAX
+
+  processes.keep_memory()  # as a run does; for both sides
+  comparison = Comparison(args, cores)
   for rows in args.act if "act" in args.cases else ():  # before adapters lie beside the weights
     comparison.act(rows)
   for what in args.cases:

@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int | None:
 
   from stare_jax import pipeline, pipeline_suites, processes
 
+  processes.keep_memory()
   log.info("run folder: %s", workdir)
   job = pipeline_suites if "suites" in config else pipeline
   try:

@@ -333,6 +333,22 @@ def _backward(log_prob_fn: Any, params: Any, batch: Any, cotangent: jax.Array, s
   return jax.lax.fori_loop(0, _trips(steps, size), body, zeros)
 
 
+def _whole(
+  log_prob_fn: Any, params: Any, batch: Any, valid: jax.Array, size: int, mesh: Mesh | None
+) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+  """What `_forward` returns, and `_backward` as a function of the cotangent, for steps that are one micro-batch."""
+  (obs, tokens), index, real = _micro_batch(_steps(batch, valid), jnp.int32(0), size, mesh)
+  run = lambda params: jnp.sum(log_prob_fn(params, obs, tokens), axis=-1, dtype=jnp.float32)
+  log_prob, pull_back = jax.vjp(run, params)
+
+  def gradient(cotangent: jax.Array) -> Any:
+    (grads,) = pull_back(jnp.where(real, cotangent.ravel()[index], 0.0))
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+  out = jnp.zeros(valid.size, jnp.float32).at[jnp.where(real, index, valid.size)].set(log_prob, mode="drop")
+  return out.reshape(valid.shape), gradient
+
+
 def _check_micro_batch(micro_batch: int, mesh: Mesh | None) -> None:
   """Every device gets the same share of a micro-batch."""
   shards = sharding.batch_shards(mesh)
@@ -370,12 +386,18 @@ def preference_gradient(
 ) -> tuple[Any, jax.Array, Mapping[str, Any]]:
   """(exact gradient, loss float32[], {name: Mean}) with the memory of one micro-batch of steps (see METHOD).
 
+  Where one micro-batch holds all steps its forward pass serves both passes, and is not computed again.
+
   log_prob_fn: (params, obs [N, ...], tokens int32[N, A]) -> float32[N, A].
   kernel: (log_ratio float32[2B, T], batch) -> (Mean, {name: Mean}); a kernel of losses/ does.
   """
   _check_micro_batch(micro_batch, mesh)
   data, valid = (batch.obs, batch.tokens), batch.valid
-  log_prob = _forward(log_prob_fn, params, data, valid, micro_batch, mesh)
+  if micro_batch >= valid.size:
+    log_prob, pull_back = _whole(log_prob_fn, params, data, valid, micro_batch, mesh)
+  else:
+    log_prob = _forward(log_prob_fn, params, data, valid, micro_batch, mesh)
+    pull_back = lambda c: _backward(log_prob_fn, params, data, c, micro_batch, mesh)
   log_ratio = jnp.where(valid, log_prob - batch.ref_log_prob, 0.0)
 
   def loss(log_ratio: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
@@ -385,7 +407,7 @@ def preference_gradient(
 
   cotangent, (value, metrics) = jax.grad(loss, has_aux=True)(log_ratio)
   cotangent = jnp.where(valid, cotangent, 0.0)
-  return _backward(log_prob_fn, params, data, cotangent, micro_batch, mesh), value, metrics
+  return pull_back(cotangent), value, metrics
 
 
 def make_preference_update(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import platform
 import shutil
 import signal
 import subprocess
@@ -283,3 +285,25 @@ def test_one_process_puts_all_rows():
 def test_flags_of_several_processes(given, expected):
   said = main.wrong_processes(*given)
   assert (said == "") if not expected else expected in said
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_stays_with_the_process():
+  """What a thread allocates a second time costs no page fault."""
+  code = """
+import resource, threading
+from stare_jax import processes
+processes.keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def run():
+  b"x" * (256 << 20)
+  before = faults()
+  b"x" * (256 << 20)
+  print(faults() - before)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+  env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+  assert int(done.stdout) < 1000  # of 65536 pages

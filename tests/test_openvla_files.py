@@ -143,7 +143,7 @@ def test_one_vision_transformer_and_two_projector_layers(folders, towers, rng):
   assert set(params["vision"]) == {towers} and getattr(config, other) is None
   image = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
   features = openvla.encode_vision(
-    params["vision"][towers], jnp.float32(image) / 255, getattr(config, towers), config
+    params["vision"][towers], openvla.patchify(jnp.float32(image) / 255, 4), getattr(config, towers), config
   )
   w = lambda name: (tensors[f"projector.{name}.weight"].T, tensors[f"projector.{name}.bias"])
   (w1, b1), (w2, b2) = w("fc1"), w("fc2")

@@ -91,8 +91,9 @@ class Pair:
       self.expected = self.unpadded(self.model)
 
   def _everything(self, params, obs, bins):
-    config, image = self.policy.config, obs.image.astype(jnp.float32) / 255
-    views = {k: openvla.encode_vision(params["vision"][k], image, v, config) for k, v in config.views.items()}
+    config = self.policy.config
+    patches = openvla.patchify(obs.image, config.patch_size).astype(jnp.float32) / 255
+    views = {k: openvla.encode_vision(params["vision"][k], patches, v, config) for k, v in config.views.items()}
     return {**views, "projection": openvla.encode_image(params, obs.image, config)}, self.policy.apply(
       params, obs, bins
     )

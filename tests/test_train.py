@@ -77,8 +77,8 @@ def one_shot(params, batch):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def two_pass(params, batch, micro_batch):
-  return train.preference_gradient(small_model.log_prob, stage_kernel, params, batch, micro_batch=micro_batch)
+def two_pass(params, batch, micro_batch, log_prob=small_model.log_prob):
+  return train.preference_gradient(log_prob, stage_kernel, params, batch, micro_batch=micro_batch)
 
 
 # Micro-batches ---------------------------------------------------------------------------------------------
@@ -414,18 +414,28 @@ def test_two_passes_are_the_one_shot_gradient(rng, micro_batch):
   assert set(metrics) >= {"loss", "margin", "accuracy"}
 
 
-def test_padded_steps_are_never_evaluated(rng):
+@pytest.mark.parametrize("micro_batch", [7, 1000])
+def test_padded_steps_are_never_evaluated(rng, micro_batch):
   """NaN observations, tokens out of range and NaN references in the padding: the same loss and gradient."""
   batch, params = small_model.pairs(rng), parameters(2)
   batch.obs["image"] = batch.obs["image"].astype(np.float32)
-  grads, value, _ = two_pass(params, batch, 7)
+  grads, value, _ = two_pass(params, batch, micro_batch)
   dirty = jax.tree.map(np.copy, batch)
   dirty.obs["image"][~batch.valid] = np.nan
   dirty.tokens[~batch.valid] = 10**6
   dirty.ref_log_prob[~batch.valid] = np.nan
-  grads_dirty, value_dirty, _ = two_pass(params, dirty, 7)
+  grads_dirty, value_dirty, _ = two_pass(params, dirty, micro_batch)
   chex.assert_trees_all_equal(grads, grads_dirty)
   assert float(value) == float(value_dirty)
+
+
+def test_a_micro_batch_that_holds_all_steps_runs_forward_once(rng):
+  batch, calls = small_model.pairs(rng), []
+  log_prob = lambda *args: calls.append(args) or small_model.log_prob(*args)
+  for size, count in ((batch.valid.size, 1), (batch.valid.size - 1, 2)):
+    two_pass(parameters(), batch, size, log_prob)
+    assert len(calls) == count
+    calls.clear()
 
 
 def test_nothing_to_prefer_is_no_gradient(rng):

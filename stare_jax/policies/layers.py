@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax import sharding
@@ -56,9 +57,10 @@ class Adapter:
     low = self.scale * (x @ a.reshape(len(a), -1))
     if self.groups is None:
       return jnp.matmul(low, b.reshape(len(b), -1), preferred_element_type=dtype).reshape(-1, *out)
-    low = low.reshape(-1, *a.shape[1:])
-    y = jnp.einsum("mgr,gro->mgo", low, b, preferred_element_type=dtype)
-    return y if len(self.groups) == out[0] else jnp.zeros((len(x), *out), y.dtype).at[:, self.groups].set(y)
+    low = jnp.unstack(low.reshape(-1, *a.shape[1:]), axis=1)
+    y = {g: jnp.matmul(x, b, preferred_element_type=dtype) for g, x, b in zip(self.groups, low, b)}
+    none = jnp.zeros_like(y[self.groups[0]])
+    return jnp.stack([y.get(g, none) for g in range(out[0])], axis=1)
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
@@ -86,7 +88,7 @@ def rows(params: Params, x: jax.Array, first: int, end: int) -> jax.Array:
 
 def gelu(x: jax.Array) -> jax.Array:
   """The exact form x Phi(x) with erf; the tanh approximation breaks parity with OpenVLA."""
-  return jax.nn.gelu(x, approximate=False)
+  return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
 def layer_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
@@ -103,11 +105,15 @@ def rms_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:
   return y.astype(x.dtype) * params["scale"].astype(x.dtype)
 
 
-def rotation(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
-  """cos and sin float32[N, 1, Q, E/2] of rotary position embeddings at int positions [N, Q]."""
-  frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-  angle = positions[:, None, :, None].astype(jnp.float32) * frequency
-  return jnp.cos(angle), jnp.sin(angle)
+def rotation(positions: jax.Array, length: int, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """cos and sin float32[N, 1, Q, E/2] of rotary position embeddings at int positions [N, Q], all below `length`.
+
+  Rows of a table: a compiler that fuses them into every layer repeats a look-up there, and not a sine.
+  """
+  frequency = theta ** (-np.arange(0, head_size, 2, dtype=np.float32) / head_size)
+  angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+  cos, sin = (jnp.asarray(table, jnp.float32)[positions][:, None] for table in (np.cos(angle), np.sin(angle)))
+  return cos, sin
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -140,11 +146,12 @@ def attention(
   return checkpoint_name(out.transpose(0, 2, 1, 3).reshape(n, count, heads * size), "attention")
 
 
-def split_heads(qkv: jax.Array, head_size: int) -> jax.Array:
-  """[N, Q, 3, W] -> [3, N, H, Q, E]."""
+def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
+  """[N, Q, 3, W] -> queries, keys and values [N, H, Q, E]."""
   qkv = sharding.constrain(checkpoint_name(qkv, "qkv"), "batch", None, None, "heads")
   n, count, _, width = qkv.shape
-  return qkv.reshape(n, count, 3, width // head_size, head_size).transpose(2, 0, 3, 1, 4)
+  qkv = qkv.reshape(n, count, 3, width // head_size, head_size)
+  return [x.transpose(0, 2, 1, 3) for x in jnp.unstack(qkv, axis=2)]
 
 
 def vit_block(params: Params, x: jax.Array, *, head_size: int, eps: float = 1e-6) -> jax.Array:
@@ -183,7 +190,8 @@ def llama_block(
   x = x + dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen))
   gate_up = checkpoint_name(dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps)), "mlp")
   gate_up = sharding.constrain(gate_up, "batch", None, None, "mlp")
-  x = x + dense(params["mlp"]["down"], jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+  gate, up = jnp.unstack(gate_up, axis=-2)
+  x = x + dense(params["mlp"]["down"], jax.nn.silu(gate) * up)
   return x, (k, v)
 
 

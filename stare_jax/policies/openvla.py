@@ -151,11 +151,11 @@ def patchify(image: jax.Array, size: int) -> jax.Array:
   return x.reshape(n, (h // size) * (w // size), size * size * c)
 
 
-def encode_vision(params: Params, image: jax.Array, vision: Vision, config: Config) -> jax.Array:
-  """[N, H, W, 3] in [0, 1] -> features [N, P, width] of the second-to-last block; no final norm."""
+def encode_vision(params: Params, patches: jax.Array, vision: Vision, config: Config) -> jax.Array:
+  """[N, P, pixels] in [0, 1], as `patchify` makes it -> features [N, P, width] of the second-to-last block; no norm."""
   dtype = jnp.dtype(config.compute_dtype)
-  image = (image - jnp.array(vision.mean)) / jnp.array(vision.std)
-  x = nn.dense(params["patch"], patchify(image.astype(dtype), config.patch_size))
+  pixels = (patches.reshape(*patches.shape[:2], -1, 3) - jnp.array(vision.mean)) / jnp.array(vision.std)
+  x = nn.dense(params["patch"], pixels.astype(dtype).reshape(patches.shape))
   x = x + params["position"].astype(dtype)
   if vision.prefix_tokens:
     prefix = jnp.broadcast_to(params["prefix"].astype(dtype), (len(x), vision.prefix_tokens, vision.width))
@@ -172,8 +172,8 @@ def encode_image(params: Params, image: jax.Array, config: Config) -> jax.Array:
       f"image: got {image.dtype}{image.shape}, expected uint8[N, {config.image_size}, {config.image_size}, 3]; "
       "Policy.encode resizes"
     )
-  image = image.astype(jnp.float32) / 255
-  views = [encode_vision(params["vision"][name], image, v, config) for name, v in config.views.items()]
+  patches = patchify(image, config.patch_size).astype(jnp.float32) / 255  # moves bytes, and once for both
+  views = [encode_vision(params["vision"][name], patches, v, config) for name, v in config.views.items()]
   x = jnp.concatenate(views, axis=-1)
   first, *rest = (params["projector"][f"fc{i + 1}"] for i in range(len(params["projector"])))
   x = nn.dense(first, x)
@@ -208,7 +208,7 @@ def decoder(params: Params, x: jax.Array, mask: jax.Array, config: Config, *, ta
     cache: also return keys and values.
   Returns: [N, tail, W] and, if `cache`, the stacked (keys, values) [layers, N, H, S, E].
   """
-  rope = nn.rotation(jnp.cumsum(mask, axis=1) - 1, config.llm_head_size, config.rope_theta)
+  rope = nn.rotation(jnp.cumsum(mask, axis=1) - 1, x.shape[1], config.llm_head_size, config.rope_theta)
   causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
   seen = causal & mask[:, None, None, :]
   block = functools.partial(
@@ -253,7 +253,8 @@ def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, pas
   """
   prefix, suffix = past
   x = embed(params, bins[:, None] + config.first_action, config)
-  rope = nn.rotation(mask.sum(axis=1, keepdims=True) + dim, config.llm_head_size, config.rope_theta)
+  length = mask.shape[1] + suffix[0].shape[3]
+  rope = nn.rotation(mask.sum(axis=1, keepdims=True) + dim, length, config.llm_head_size, config.rope_theta)
   written = jnp.broadcast_to(jnp.arange(suffix[0].shape[3]) < dim, (len(x), suffix[0].shape[3]))
   seen = jnp.concatenate([mask, written, jnp.ones((len(x), 1), bool)], axis=1)
   seen = seen[:, None, None, :]
