@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax import pipeline_policy, pipeline_updates, policies, roofline, roofline_hlo, sharding, train
+from stare_jax import pipeline_policy, pipeline_updates, policies, rollout, roofline, roofline_hlo, sharding, train
 from stare_jax.pipeline_check import resolved
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
@@ -126,20 +126,19 @@ def job(policy: policies.Policy, config: Any, program: str, devices: Sequence[ja
 
 
 def _act_job(policy: policies.Policy, config: Any, devices: Sequence[jax.Device]) -> Job:
-  """`act` on the chips of one host: every process acts for its own simulators, heads over its chips."""
-  local = [d for d in devices if d.process_index == devices[0].process_index]
-  mesh = sharding.make_mesh({"tensor": len(local)}, local)
-  hosts = len(devices) // len(local)
+  """`act` on the chips of one host: every process acts for its own simulators."""
+  mesh = sharding.make_mesh(dict(config.mesh), devices)
+  own = sharding.acting_mesh(mesh, devices[0].process_index) or sharding.make_mesh({"data": 1}, devices[:1])
+  hosts = len({device.process_index for device in devices})
   n = max(config.sim.num_envs // config.sim.groups // hosts, 1)
-  keys = jax.ShapeDtypeStruct((n, 2), jnp.uint32, sharding=sharding.batch_sharding(mesh))
-  warm = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-
-  def act(*arguments: Any) -> Any:
-    with sharding.activations(mesh):
-      return policy.act(*arguments)
-
-  traced = jax.jit(act).trace(abstract_params(policy, mesh), _obs(policy, mesh, n), keys, warm)
-  return Job(traced, n, 1, False, mesh)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  places = sharding.acting_shardings(params, policy.param_axes, own)
+  params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
+  whole = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(own))
+  rest = (whole(jax.random.key(0).dtype), *[whole(jnp.uint32, n)] * 3, whole(jnp.float32))
+  obs = jax.tree.map(lambda x: whole(x.dtype, *x.shape), _obs(policy, own, n))
+  traced = rollout.act_program(policy, own).trace(params, obs, *rest)
+  return Job(traced, n, 1, False, own)
 
 
 # What came out ----------------------------------------------------------------------------------------------

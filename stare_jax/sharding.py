@@ -12,12 +12,14 @@ that names it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -140,6 +142,12 @@ def activations(mesh: Mesh | None) -> Iterator[None]:
     yield
 
 
+def is_cut(word: str) -> bool:
+  """Whether the mesh of the function being traced (`activations`) cuts the axes that this word names."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.shape[RULES[word]] > 1
+
+
 def constrain(x: jax.Array, *words: str | None) -> jax.Array:
   """Says in words where the axes of an activation lie, such as ("batch", None, "heads") of [N, Q, W].
 
@@ -247,34 +255,84 @@ def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
   return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
-def _whole(x: jax.Array) -> jax.Array:
-  return x  # a name of its own, so that it is compiled once for every shape
+# A copy to act with ------------------------------------------------------------------------------------------
 
 
-def local_copy(tree: Any, param_axes: ParamAxes | None) -> Any:
+def _own_mesh(mesh: Mesh, process: int) -> Mesh:
+  """The devices of one process, heads and hidden units over all of them."""
+  own = sorted((d for d in mesh.devices.flat if d.process_index == process), key=lambda device: device.id)
+  return make_mesh({"tensor": len(own)}, own)
+
+
+def acting_mesh(mesh: Mesh | None, process: int | None = None) -> Mesh | None:
+  """Where a process acts in its own time: heads and hidden units over its own devices, every device all rows.
+
+  Then an action reads each weight once, where it lies, and only activations travel. None where the run's mesh cuts no
+  parameter (neither fsdp nor tensor): every device can act with what it has.
+
+  process: whose devices; by default this process's.
+  """
+  if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+    return None
+  return _own_mesh(mesh, jax.process_index() if process is None else process)
+
+
+def acting_shardings(params: Any, param_axes: ParamAxes | None, own: Mesh) -> Any:
+  """A NamedSharding on an acting mesh for every parameter; whole on each device where an axis does not divide."""
+
+  def rule(path: Any, x: Any) -> NamedSharding:
+    with contextlib.suppress(ValueError):
+      return NamedSharding(own, param_spec(path_name(path), tuple(x.shape), param_axes or (), own))
+    return replicated(own)
+
+  return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def local_copy(tree: Any, param_axes: ParamAxes | None, mesh: Mesh | None) -> Any:
   """The parameters on this process's own devices, for programs that it runs in its own time (`act`).
 
-  With one process, and where every device of the mesh holds all of it, nothing is moved or copied. Parameters that are
-  cut over processes are put together leaf by leaf and cut again over the devices of each; all processes have to call.
-  """
-  if jax.process_count() == 1:
-    return tree
-  mesh = make_mesh({"fsdp": -1}, jax.local_devices())
+  With one process whose devices hold all of them, nothing is moved or copied. Otherwise they lie as `acting_shardings`
+  says. What is cut over several processes is put together and cut again one stacked layer, or one unstacked parameter,
+  at a time; all processes have to call.
 
-  def copy(path: Any, x: jax.Array) -> jax.Array:
-    where = replicated(mesh)
+  mesh: the run's.
+  """
+  own, several = acting_mesh(mesh), jax.process_count() > 1
+  if own is None and not several:
+    return tree
+  own = _own_mesh(mesh, jax.process_index()) if own is None else own
+  places = acting_shardings(tree, param_axes, own)
+  if not several:
+    return jax.device_put(tree, places)
+  rows = [_own_mesh(mesh, p).devices.reshape(1, -1) for p in sorted({d.process_index for d in mesh.devices.flat})]
+  hosts = Mesh(np.stack(rows), MESH)  # each process's devices as on its own mesh
+
+  def recut(x: jax.Array, spec: P) -> jax.Array:
+    data = {s.device: s.data for s in jax.device_put(x, NamedSharding(hosts, spec)).addressable_shards}
+    where = NamedSharding(own, spec)
+    return jax.make_array_from_single_device_arrays(x.shape, where, [data[device] for device in own.devices.flat])
+
+  def copy(x: jax.Array, where: NamedSharding) -> jax.Array:
     if x.is_fully_addressable:  # never left this process
       return jax.device_put(x, where)
-    if not x.is_fully_replicated:
-      x = jax.jit(_whole, out_shardings=replicated(x.sharding.mesh))(x)
-      with contextlib.suppress(ValueError):  # what these devices cannot cut evenly is whole on each of them
-        where = NamedSharding(mesh, param_spec(path_name(path), x.shape, param_axes or (), mesh))
-    data = {s.device: s.data for s in x.addressable_shards}
-    cut = lambda device, at: data[device] if where.is_fully_replicated else data[device][at]
-    pieces = [cut(device, at) for device, at in where.devices_indices_map(x.shape).items()]
-    return jax.make_array_from_single_device_arrays(x.shape, where, pieces)
+    if x.is_fully_replicated or x.ndim < 3 or any(s.spec and s.spec[0] for s in (x.sharding, where)):
+      return recut(x, where.spec)
+    out = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(x.shape, x.dtype)
+    for i in range(len(x)):
+      out = _set_layer(out, recut(_layer(x, i), P(*where.spec[1:])), i)
+    return out
 
-  return jax.tree_util.tree_map_with_path(copy, tree)
+  return jax.tree.map(copy, tree, places)
+
+
+@jax.jit
+def _layer(x: jax.Array, i: int) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(x: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(x, layer, i, axis=0)
 
 
 def table(params: Any, places: Any, mesh: Mesh, *, rows: int = 12) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,15 +63,20 @@ class Adapter:
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
-  """[..., I] @ kernel [I, *O] (+ bias [*O]) -> [..., *O]; one matrix product over flattened rows and outputs."""
+  """[..., I] @ kernel [I, *O] (+ bias [*O]) -> [..., *O]; one matrix product over flattened rows and outputs.
+
+  Where heads and hidden units are cut over devices the outputs keep their axes: [3, W] with W in pieces has no
+  flattened form in pieces, and the compiler would gather the kernel for it.
+  """
   kernel = params["kernel"].astype(x.dtype)
   lead, out = x.shape[:-1], kernel.shape[1:]
+  flat = out if sharding.is_cut("heads") else (math.prod(out),)
   x = x.reshape(-1, x.shape[-1])
-  y = x @ kernel.reshape(kernel.shape[0], -1)
+  y = jnp.tensordot(x, kernel.reshape(-1, *flat), 1)
   if "lora" in params:
     y = y + params["lora"](x, out).reshape(y.shape)
   if "bias" in params:
-    y = y + params["bias"].astype(x.dtype).reshape(-1)
+    y = y + params["bias"].astype(x.dtype).reshape(flat)
   return y.reshape(*lead, *out)
 
 
