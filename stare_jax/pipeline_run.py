@@ -156,7 +156,7 @@ class Run:
 
   def actor(self, params: Any, purpose: str, temperature: float) -> PolicyActor:
     key = jax.random.fold_in(self.key, int.from_bytes(purpose.encode()[:4], "little"))
-    params = sharding.local_copy(params, self.param_axes, self.mesh)
+    params = sharding.local_copy(params, self.param_axes, self.mesh, self.policy.acts_in)
     return PolicyActor(self.act, self.policy, params, key, temperature, self.task.instruction)
 
   def mine(self, x: np.ndarray) -> np.ndarray:

@@ -209,9 +209,8 @@ def _moved(i: Instruction, types: dict[str, str], computations: Computations) ->
   fused = next((computations[name] for role, name in _callees(i) if role == "calls" and name in computations), None)
   if fused is None:
     return size(i.type, hbm=True) + sum(size(types.get(o, ""), hbm=True) for o in i.operands)
-  return _written(i, fused) + sum(
-    _read(fused, number, size(types.get(operand, ""), hbm=True), computations) for number, operand in enumerate(i.operands)
-  )
+  whole = [size(types.get(operand, ""), hbm=True) for operand in i.operands]
+  return _written(i, fused) + sum(_read(fused, number, n, computations) for number, n in enumerate(whole))
 
 
 def _written(i: Instruction, fused: list[Instruction]) -> float:

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,9 @@ RULES: dict[str, Any] = {  # word -> mesh axis (or axes), None = not cut
   "vocab": "tensor",
   "layers": None,
 }
+# What the compiler is told on some chips. On v4 it would turn every gather into a ring that multiplies piece by piece and
+# reads the activations again for each piece; above this size of an operand, in MiB, it does.
+COMPILER_OPTIONS = {"TPU v4": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 ParamAxes = Sequence[tuple[str, tuple[str | None, ...]]]  # (pattern of the whole path, words of the last axes)
 
 
@@ -63,6 +66,11 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return jax.make_mesh(shape, MESH, axis_types=types, devices=devices)
   except NotImplementedError:  # no whole axes of a TPU's torus give these sizes, such as 16 on 8 x 8: cut one
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH, axis_types=types)
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
+  """Of `jax.jit`, for the programs of this mesh."""
+  return None if mesh is None else COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
 
 
 def path_name(path: Any) -> str:
@@ -258,12 +266,6 @@ def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
 # A copy to act with ------------------------------------------------------------------------------------------
 
 
-def _own_mesh(mesh: Mesh, process: int) -> Mesh:
-  """The devices of one process, heads and hidden units over all of them."""
-  own = sorted((d for d in mesh.devices.flat if d.process_index == process), key=lambda device: device.id)
-  return make_mesh({"tensor": len(own)}, own)
-
-
 def acting_mesh(mesh: Mesh | None, process: int | None = None) -> Mesh | None:
   """Where a process acts in its own time: heads and hidden units over its own devices, every device all rows.
 
@@ -274,7 +276,9 @@ def acting_mesh(mesh: Mesh | None, process: int | None = None) -> Mesh | None:
   """
   if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
     return None
-  return _own_mesh(mesh, jax.process_index() if process is None else process)
+  process = jax.process_index() if process is None else process
+  own = sorted((d for d in mesh.devices.flat if d.process_index == process), key=lambda device: device.id)
+  return make_mesh({"tensor": len(own)}, own)
 
 
 def acting_shardings(params: Any, param_axes: ParamAxes | None, own: Mesh) -> Any:
@@ -288,46 +292,58 @@ def acting_shardings(params: Any, param_axes: ParamAxes | None, own: Mesh) -> An
   return jax.tree_util.tree_map_with_path(rule, params)
 
 
-def local_copy(tree: Any, param_axes: ParamAxes | None, mesh: Mesh | None) -> Any:
+def local_copy(
+  tree: Any, param_axes: ParamAxes | None, mesh: Mesh | None, dtype_of: Callable[[str, Any], Any] | None = None
+) -> Any:
   """The parameters on this process's own devices, for programs that it runs in its own time (`act`).
 
   With one process whose devices hold all of them, nothing is moved or copied. Otherwise they lie as `acting_shardings`
   says. What is cut over several processes is put together and cut again one stacked layer, or one unstacked parameter,
   at a time; all processes have to call.
 
-  mesh: the run's.
+    mesh: the run's.
+    dtype_of: (path, array) -> the type of the copy.
   """
   own, several = acting_mesh(mesh), jax.process_count() > 1
   if own is None and not several:
     return tree
-  own = _own_mesh(mesh, jax.process_index()) if own is None else own
-  places = acting_shardings(tree, param_axes, own)
-  if not several:
-    return jax.device_put(tree, places)
-  rows = [_own_mesh(mesh, p).devices.reshape(1, -1) for p in sorted({d.process_index for d in mesh.devices.flat})]
-  hosts = Mesh(np.stack(rows), MESH)  # each process's devices as on its own mesh
+  own = make_mesh({"data": -1}, jax.local_devices()) if own is None else own
 
-  def recut(x: jax.Array, spec: P) -> jax.Array:
-    data = {s.device: s.data for s in jax.device_put(x, NamedSharding(hosts, spec)).addressable_shards}
-    where = NamedSharding(own, spec)
-    return jax.make_array_from_single_device_arrays(x.shape, where, [data[device] for device in own.devices.flat])
-
-  def copy(x: jax.Array, where: NamedSharding) -> jax.Array:
+  def copy(path: Any, x: jax.Array, where: NamedSharding) -> jax.Array:
+    dtype = dtype_of(path_name(path), x) if dtype_of else x.dtype
     if x.is_fully_addressable:  # never left this process
-      return jax.device_put(x, where)
+      return jax.device_put(x.astype(dtype), where)
+    whole = functools.partial(jax.jit, out_shardings=replicated(x.sharding.mesh), static_argnames="dtype")
     if x.is_fully_replicated or x.ndim < 3 or any(s.spec and s.spec[0] for s in (x.sharding, where)):
-      return recut(x, where.spec)
-    out = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(x.shape, x.dtype)
+      return _cut(whole(_cast)(x, dtype=dtype), where)
+    out = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(x.shape, dtype)
+    layer = NamedSharding(own, P(*where.spec[1:]))
     for i in range(len(x)):
-      out = _set_layer(out, recut(_layer(x, i), P(*where.spec[1:])), i)
+      out = _set_layer(out, _cut(whole(_layer)(x, i, dtype=dtype), layer), i)
     return out
 
-  return jax.tree.map(copy, tree, places)
+  return jax.tree_util.tree_map_with_path(copy, tree, acting_shardings(tree, param_axes, own))
 
 
-@jax.jit
-def _layer(x: jax.Array, i: int) -> jax.Array:
-  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+def _cut(x: jax.Array, where: NamedSharding) -> jax.Array:
+  """What lies whole on every device, in pieces on some of them: nothing travels."""
+  data = {s.device: s.data for s in x.addressable_shards}
+  pieces = [
+    data[device] if where.is_fully_replicated else data[device][at]
+    for device, at in where.devices_indices_map(x.shape).items()
+  ]
+  return jax.make_array_from_single_device_arrays(x.shape, where, pieces)
+
+
+# Functions with names, so that each is compiled once for every shape.
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+  return x.astype(dtype)
+
+
+def _layer(x: jax.Array, i: int, dtype: Any) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -83,7 +83,11 @@ def arrays(count: int) -> None:
   own = sharding.local_copy({"whole": jax.numpy.asarray(values["whole"])}, rules, mesh)["whole"]
   assert own.sharding.device_set == set(jax.local_devices())
   several = jax.local_device_count() > 1  # heads and hidden units over them, where they divide
-  assert [x.is_fully_replicated for x in copy.values()] == [not several, True, not several, True]
+  whole = {name for name, x in copy.items() if x.is_fully_replicated}
+  assert whole == ({"odd", "whole"} if several else set(values))
+  half = sharding.local_copy(params, rules, mesh, lambda path, x: "bfloat16" if path == "layers" else x.dtype)
+  assert [half[name].dtype for name in ("layers", "odd")] == ["bfloat16", "float32"]
+  np.testing.assert_array_equal(np.asarray(half["layers"], np.float32), values["layers"])  # integers below 256
 
 
 if __name__ == "__main__":

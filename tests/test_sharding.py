@@ -20,7 +20,7 @@ import pytest
 import small_model
 from jax.sharding import PartitionSpec as P
 
-from stare_jax import checkpoint, policies, roofline_hlo, rollout, sharding, train
+from stare_jax import checkpoint, policies, rollout, roofline_hlo, sharding, train
 from stare_jax.losses import ops, preference
 
 SGD = optax.sgd(1.0)
@@ -235,6 +235,20 @@ def test_update_on_a_mesh_is_in_place_and_keeps_rows_where_they_are():
     assert "all-reduce" in inspecting.collectives(text)
     moved = re.findall(r"= \(?u8\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce|collective-permute)", text)
     assert all(dims.split(",")[0] in ("2", "16") for dims in moved) and (update is two_pass or not moved), moved
+
+
+def test_the_compiler_is_told_what_the_chips_of_a_mesh_need(monkeypatch):
+  """When a run calls the update and when `compile` asks for it: an option that nobody knows is refused by both."""
+  kind = jax.devices()[0].device_kind
+  monkeypatch.setitem(sharding.COMPILER_OPTIONS, kind, {"xla_no_such_option": "1"})
+  mesh = mesh_of("data")
+  update = train.make_update(small_model.loss_fn, SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  state = train.new_state(parameters(), SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  batch = sharding.put(small_model.batch(np.random.default_rng(0)), mesh)
+  for use in (lambda: update(state, batch), lambda: update.lower(state, batch).compile()):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
+      use()
+  assert sharding.compiler_options(None) is None
 
 
 def test_micro_batch_divides_over_the_devices():
