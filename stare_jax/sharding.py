@@ -34,8 +34,8 @@ RULES: dict[str, Any] = {  # word -> mesh axis (or axes), None = not cut
   "vocab": "tensor",
   "layers": None,
 }
-# What the compiler is told on some chips. On v4 it would turn every gather into a ring that multiplies piece by piece and
-# reads the activations again for each piece; above this size of an operand, in MiB, it does.
+# What the compiler is told on some chips. On v4 it would turn every gather of an operand above this size (MiB) into a
+# ring that multiplies piece by piece, and reads the activations again for each piece.
 COMPILER_OPTIONS = {"TPU v4": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 ParamAxes = Sequence[tuple[str, tuple[str | None, ...]]]  # (pattern of the whole path, words of the last axes)
 
@@ -150,10 +150,10 @@ def activations(mesh: Mesh | None) -> Iterator[None]:
     yield
 
 
-def is_cut(word: str) -> bool:
-  """Whether the mesh of the function being traced (`activations`) cuts the axes that this word names."""
+def spread() -> bool:
+  """Whether the function being traced runs on several devices (`activations`)."""
   mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.shape[RULES[word]] > 1
+  return not mesh.empty and mesh.size > 1
 
 
 def constrain(x: jax.Array, *words: str | None) -> jax.Array:

@@ -355,6 +355,22 @@ def test_acting_cuts_heads_and_hidden_units_and_gathers_no_weight():
   assert 0 < gathered < 0.2 * size  # an action passes seven times through these layers
 
 
+def test_a_copy_in_the_type_of_its_products_acts_the_same():
+  """Kernels and tables in half the bytes; norms and the value head, which see float32, as they are."""
+  policy = policies.make(name="openvla", size="tiny", stats=STATS, **{**NANO, "compute_dtype": "bfloat16"})
+  params = policy.init(jax.random.key(1))
+  kinds = lambda path, x: policy.acts_in(sharding.path_name(path), x)
+  copy = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(kinds(path, x)), params)
+  kept = {sharding.path_name(p).split("/")[-1] for p, x in jax.tree_util.tree_leaves_with_path(copy) if x.dtype == "f4"}
+  assert {"scale", "bias"} < kept and copy["value"]["fc1"]["kernel"].dtype == "f4"
+  assert copy["llm"]["layers"]["attn"]["qkv"]["kernel"].dtype == copy["llm"]["head"]["table"].dtype == jnp.bfloat16
+  rng = np.random.default_rng(0)
+  obs = policy.encode(rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 3)
+  act = jax.jit(policy.act)
+  keys = jax.random.split(jax.random.key(2), 3)
+  chex.assert_trees_all_equal(*(act(p, obs, keys, np.float32(1.0)) for p in (copy, params)))
+
+
 def test_where_a_process_acts():
   """Over its devices where a parameter is cut; as it lies where none is; whole where an axis does not divide."""
   mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
@@ -367,6 +383,8 @@ def test_where_a_process_acts():
   assert {name: x.sharding.spec for name, x in copy.items()} == {"layers": P(None, None, "tensor"), "odd": P(),
                                                                  "bias": P()}  # fmt: skip
   chex.assert_trees_all_equal(jax.device_get(copy), jax.device_get(params))
+  half = sharding.local_copy(params, rules, mesh, lambda path, x: "bfloat16" if path == "odd" else x.dtype)
+  assert {name: x.dtype for name, x in half.items()} == {"layers": "float32", "odd": "bfloat16", "bias": "float32"}
   assert sharding.local_copy(params, rules, mesh_of("data")) is params
 
 
