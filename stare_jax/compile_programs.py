@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax import pipeline_policy, pipeline_updates, policies, roofline, roofline_hlo, sharding, train
+from stare_jax import pipeline_policy, pipeline_updates, policies, rollout, roofline, roofline_hlo, sharding, train
 from stare_jax.pipeline_check import resolved
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
@@ -126,20 +126,34 @@ def job(policy: policies.Policy, config: Any, program: str, devices: Sequence[ja
 
 
 def _act_job(policy: policies.Policy, config: Any, devices: Sequence[jax.Device]) -> Job:
-  """`act` on the chips of one host: every process acts for its own simulators, heads over its chips."""
-  local = [d for d in devices if d.process_index == devices[0].process_index]
-  mesh = sharding.make_mesh({"tensor": len(local)}, local)
-  hosts = len(devices) // len(local)
+  """`act` on the chips of one host: every process acts for its own simulators."""
+  mesh = sharding.make_mesh(dict(config.mesh), devices)
+  local, hosts = host(devices), len({device.process_index for device in devices})
+  own = sharding.acting_mesh(mesh, devices[0].process_index)
+  own = sharding.make_mesh({"data": 1}, local[:1]) if own is None else sharding.make_mesh(dict(own.shape), local)
   n = max(config.sim.num_envs // config.sim.groups // hosts, 1)
-  keys = jax.ShapeDtypeStruct((n, 2), jnp.uint32, sharding=sharding.batch_sharding(mesh))
-  warm = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  places = sharding.acting_shardings(params, policy.param_axes, own)
+  kind = lambda path, x: policy.acts_in(sharding.path_name(path), x) if policy.acts_in else x.dtype
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x, s: jax.ShapeDtypeStruct(x.shape, kind(path, x), sharding=s), params, places
+  )
+  whole = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(own))
+  obs = jax.tree.map(lambda x: whole(x.dtype, *x.shape), _obs(policy, own, n))
+  key = whole(jax.random.key(0).dtype)
+  traced = rollout.act_program(policy, own).trace(params, obs, key, *[whole(jnp.uint32, n)] * 3, whole(jnp.float32))
+  return Job(traced, n, 1, False, own)
 
-  def act(*arguments: Any) -> Any:
-    with sharding.activations(mesh):
-      return policy.act(*arguments)
 
-  traced = jax.jit(act).trace(abstract_params(policy, mesh), _obs(policy, mesh, n), keys, warm)
-  return Job(traced, n, 1, False, mesh)
+def host(devices: Sequence[jax.Device]) -> list[jax.Device]:
+  """The devices of the first process. TPU chips come as a topology of their own: some compile for all of one only."""
+  first = [d for d in devices if d.process_index == devices[0].process_index]
+  if first[0].platform != "tpu" or len(first) == len(devices):
+    return first
+  at = np.array([d.coords for d in first])
+  shape = np.ptp(at, axis=0) + 1
+  version = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}[first[0].device_kind]
+  return topology(f"{version}:{'x'.join(str(n) for n in (shape if version in ('v4', 'v5p') else shape[:2]))}")[1]
 
 
 # What came out ----------------------------------------------------------------------------------------------

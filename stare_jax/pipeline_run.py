@@ -128,7 +128,7 @@ class Run:
   def use_statistics(self, stats: policies.ActionStats) -> None:
     self.stats = stats
     self.policy = make_policy(self.config, stats)
-    self.act = compile_act(self.policy)
+    self.act = compile_act(self.policy, sharding.acting_mesh(self.mesh))
     self.param_axes = self.policy.param_axes if self.mesh.size > 1 else None
     if not self._announced:
       log.info("%s", self.table())
@@ -180,7 +180,7 @@ class Run:
 
   def actor(self, params: Any, purpose: str, temperature: float) -> PolicyActor:
     key = jax.random.fold_in(self.key, int.from_bytes(purpose.encode()[:4], "little"))
-    params = sharding.local_copy(params, self.param_axes)
+    params = sharding.local_copy(params, self.param_axes, self.mesh, self.policy.acts_in)
     return PolicyActor(self.act, self.policy, params, key, temperature, self.task.instruction)
 
   @contextlib.contextmanager

@@ -296,12 +296,30 @@ class PolicyActor:
     return self.instruction(start) if callable(self.instruction) else self.instruction
 
 
-def compile_act(policy: Any) -> Callable:
-  """`(params, obs, key, seeds u32[n], samples u32[n], steps u32[n], temperature) -> Act`; one trace per group size."""
+def act_program(policy: Any, mesh: Any = None) -> Callable:
+  """The jitted `(params, obs, key, seeds u32[n], samples u32[n], steps u32[n], temperature) -> Act`.
+
+  mesh: `sharding.acting_mesh`, on which `sharding.local_copy` puts the parameters.
+  """
   import jax  # here, so that experts and simulators can be driven without it
+
+  from stare_jax import sharding
 
   def act(params, obs, key, seeds, samples, steps, temperature):
     fold = lambda *parts: functools.reduce(jax.random.fold_in, parts, key)
-    return policy.act(params, obs, jax.vmap(fold)(seeds, samples, steps), temperature)
+    with sharding.activations(mesh):
+      return policy.act(params, obs, jax.vmap(fold)(seeds, samples, steps), temperature)
 
   return jax.jit(act)
+
+
+def compile_act(policy: Any, mesh: Any = None) -> Callable:
+  """`act_program`, to be called with arrays of the host beside the parameters; one trace per group size."""
+  import jax
+
+  from stare_jax import sharding
+
+  program = act_program(policy, mesh)
+  if mesh is None:
+    return program
+  return lambda params, *rest: program(params, *jax.device_put(rest, sharding.replicated(mesh)))

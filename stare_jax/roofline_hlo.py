@@ -209,9 +209,8 @@ def _moved(i: Instruction, types: dict[str, str], computations: Computations) ->
   fused = next((computations[name] for role, name in _callees(i) if role == "calls" and name in computations), None)
   if fused is None:
     return size(i.type, hbm=True) + sum(size(types.get(o, ""), hbm=True) for o in i.operands)
-  return _written(i, fused) + sum(
-    _read(fused, number, types.get(operand, "")) for number, operand in enumerate(i.operands)
-  )
+  whole = [size(types.get(operand, ""), hbm=True) for operand in i.operands]
+  return _written(i, fused) + sum(_read(fused, number, n, computations) for number, n in enumerate(whole))
 
 
 def _written(i: Instruction, fused: list[Instruction]) -> float:
@@ -224,15 +223,19 @@ def _written(i: Instruction, fused: list[Instruction]) -> float:
   return max(size(i.type, hbm=True) - saved, 0.0)
 
 
-def _read(fused: list[Instruction], number: int, type_: str) -> float:
-  """What a fusion reads of one operand: only the slices that it takes, and nothing of what it updates in place."""
-  whole = size(type_, hbm=True)
+def _read(fused: list[Instruction], number: int, whole: float, computations: Computations) -> float:
+  """What a fusion reads of one operand of `whole` bytes: only the slices that it takes, also in fusions inside it, and
+  nothing of what it updates in place.
+  """
   parameter = next((x for x in fused if x.opcode == "parameter" and int(x.inside) == number), None)
   if parameter is None or not whole:
     return whole
-  users = [x for x in fused if parameter.name in x.operands]
-  if users and all(x.opcode in ("dynamic-slice", "slice", "gather") and x.operands[0] == parameter.name for x in users):
-    return min(whole, sum(size(x.type) for x in users))
-  if users and all(x.opcode == "dynamic-update-slice" and x.operands[0] == parameter.name for x in users):
-    return 0.0
-  return whole
+  total = 0.0
+  for x in (x for x in fused if parameter.name in x.operands):
+    if x.opcode in ("dynamic-slice", "slice", "gather") and x.operands[0] == parameter.name:
+      total += size(x.type)
+    elif inner := next((computations[name] for role, name in _callees(x) if role == "calls"), None):
+      total += sum(_read(inner, i, whole, computations) for i, o in enumerate(x.operands) if o == parameter.name)
+    elif x.opcode != "dynamic-update-slice" or x.operands[0] != parameter.name:
+      return whole
+  return min(whole, total)

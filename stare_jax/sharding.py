@@ -12,12 +12,14 @@ that names it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -32,6 +34,9 @@ RULES: dict[str, Any] = {  # word -> mesh axis (or axes), None = not cut
   "vocab": "tensor",
   "layers": None,
 }
+# What the compiler is told on some chips. On v4 it would turn every gather of an operand above this size (MiB) into a
+# ring that multiplies piece by piece, and reads the activations again for each piece.
+COMPILER_OPTIONS = {"TPU v4": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 ParamAxes = Sequence[tuple[str, tuple[str | None, ...]]]  # (pattern of the whole path, words of the last axes)
 
 
@@ -61,6 +66,11 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return jax.make_mesh(shape, MESH, axis_types=types, devices=devices)
   except NotImplementedError:  # no whole axes of a TPU's torus give these sizes, such as 16 on 8 x 8: cut one
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH, axis_types=types)
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
+  """Of `jax.jit`, for the programs of this mesh."""
+  return None if mesh is None else COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
 
 
 def path_name(path: Any) -> str:
@@ -138,6 +148,12 @@ def activations(mesh: Mesh | None) -> Iterator[None]:
   """While a function is traced in here, `constrain` and `constrain_params` mean this mesh; outside they do nothing."""
   with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     yield
+
+
+def spread() -> bool:
+  """Whether the function being traced runs on several devices (`activations`)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.size > 1
 
 
 def constrain(x: jax.Array, *words: str | None) -> jax.Array:
@@ -247,34 +263,92 @@ def replicate(tree: Any, mesh: Mesh | None = None) -> Any:
   return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
-def _whole(x: jax.Array) -> jax.Array:
-  return x  # a name of its own, so that it is compiled once for every shape
+# A copy to act with ------------------------------------------------------------------------------------------
 
 
-def local_copy(tree: Any, param_axes: ParamAxes | None) -> Any:
+def acting_mesh(mesh: Mesh | None, process: int | None = None) -> Mesh | None:
+  """Where a process acts in its own time: heads and hidden units over its own devices, every device all rows.
+
+  Then an action reads each weight once, where it lies, and only activations travel. None where the run's mesh cuts no
+  parameter (neither fsdp nor tensor): every device can act with what it has.
+
+  process: whose devices; by default this process's.
+  """
+  if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+    return None
+  process = jax.process_index() if process is None else process
+  own = sorted((d for d in mesh.devices.flat if d.process_index == process), key=lambda device: device.id)
+  return make_mesh({"tensor": len(own)}, own)
+
+
+def acting_shardings(params: Any, param_axes: ParamAxes | None, own: Mesh) -> Any:
+  """A NamedSharding on an acting mesh for every parameter; whole on each device where an axis does not divide."""
+
+  def rule(path: Any, x: Any) -> NamedSharding:
+    with contextlib.suppress(ValueError):
+      return NamedSharding(own, param_spec(path_name(path), tuple(x.shape), param_axes or (), own))
+    return replicated(own)
+
+  return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def local_copy(
+  tree: Any, param_axes: ParamAxes | None, mesh: Mesh | None, dtype_of: Callable[[str, Any], Any] | None = None
+) -> Any:
   """The parameters on this process's own devices, for programs that it runs in its own time (`act`).
 
-  With one process, and where every device of the mesh holds all of it, nothing is moved or copied. Parameters that are
-  cut over processes are put together leaf by leaf and cut again over the devices of each; all processes have to call.
+  With one process whose devices hold all of them, nothing is moved or copied. Otherwise they lie as `acting_shardings`
+  says. What is cut over several processes is put together and cut again one stacked layer, or one unstacked parameter,
+  at a time; all processes have to call.
+
+    mesh: the run's.
+    dtype_of: (path, array) -> the type of the copy.
   """
-  if jax.process_count() == 1:
+  own, several = acting_mesh(mesh), jax.process_count() > 1
+  if own is None and not several:
     return tree
-  mesh = make_mesh({"fsdp": -1}, jax.local_devices())
+  own = make_mesh({"data": -1}, jax.local_devices()) if own is None else own
 
-  def copy(path: Any, x: jax.Array) -> jax.Array:
-    where = replicated(mesh)
+  def copy(path: Any, x: jax.Array, where: NamedSharding) -> jax.Array:
+    dtype = dtype_of(path_name(path), x) if dtype_of else x.dtype
     if x.is_fully_addressable:  # never left this process
-      return jax.device_put(x, where)
-    if not x.is_fully_replicated:
-      x = jax.jit(_whole, out_shardings=replicated(x.sharding.mesh))(x)
-      with contextlib.suppress(ValueError):  # what these devices cannot cut evenly is whole on each of them
-        where = NamedSharding(mesh, param_spec(path_name(path), x.shape, param_axes or (), mesh))
-    data = {s.device: s.data for s in x.addressable_shards}
-    cut = lambda device, at: data[device] if where.is_fully_replicated else data[device][at]
-    pieces = [cut(device, at) for device, at in where.devices_indices_map(x.shape).items()]
-    return jax.make_array_from_single_device_arrays(x.shape, where, pieces)
+      return jax.device_put(x.astype(dtype), where)
+    whole = functools.partial(jax.jit, out_shardings=replicated(x.sharding.mesh), static_argnames="dtype")
+    if x.is_fully_replicated or x.ndim < 3 or any(s.spec and s.spec[0] for s in (x.sharding, where)):
+      return _cut(whole(_cast)(x, dtype=dtype), where)
+    out = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(x.shape, dtype)
+    layer = NamedSharding(own, P(*where.spec[1:]))
+    for i in range(len(x)):
+      out = _set_layer(out, _cut(whole(_layer)(x, i, dtype=dtype), layer), i)
+    return out
 
-  return jax.tree_util.tree_map_with_path(copy, tree)
+  return jax.tree_util.tree_map_with_path(copy, tree, acting_shardings(tree, param_axes, own))
+
+
+def _cut(x: jax.Array, where: NamedSharding) -> jax.Array:
+  """What lies whole on every device, in pieces on some of them: nothing travels."""
+  data = {s.device: s.data for s in x.addressable_shards}
+  pieces = [
+    data[device] if where.is_fully_replicated else data[device][at]
+    for device, at in where.devices_indices_map(x.shape).items()
+  ]
+  return jax.make_array_from_single_device_arrays(x.shape, where, pieces)
+
+
+# Functions with names, so that each is compiled once for every shape.
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+  return x.astype(dtype)
+
+
+def _layer(x: jax.Array, i: int, dtype: Any) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(x: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(x, layer, i, axis=0)
 
 
 def _sizes(tree: Any, places: Any) -> tuple[int, int, int, list[tuple[int, str, tuple[int, ...]]]]:

@@ -103,7 +103,9 @@ class Update:
     """Pins the shardings of what comes out to the rules, so that the second call sees what the first one saw."""
     places = state_shardings(state, self._mesh, self._param_axes)
     out = (places, sharding.replicated(self._mesh))
-    self._compiled = jax.jit(self._counted(self._function), donate_argnums=0, out_shardings=out)
+    options = sharding.compiler_options(self._mesh)
+    function = self._counted(self._function)
+    self._compiled = jax.jit(function, donate_argnums=0, out_shardings=out, compiler_options=options)
     return self._compiled
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -372,7 +374,7 @@ def make_log_prob(
     with sharding.activations(mesh):
       return _forward(log_prob_fn, params, (obs, tokens), valid, micro_batch, mesh)
 
-  return jax.jit(log_prob)
+  return jax.jit(log_prob, compiler_options=sharding.compiler_options(mesh))
 
 
 def preference_gradient(

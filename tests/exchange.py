@@ -71,17 +71,23 @@ def arrays(count: int) -> None:
   whole = jax.jit(lambda x: x * 2, out_shardings=sharding.replicated(mesh))(sharding.put(mine, mesh))
   np.testing.assert_array_equal(np.asarray(whole), batch * 2)
 
-  rules = ((r"cut|odd", ("embed", None)), (r"whole", (None,)))
-  values = {"cut": batch, "whole": batch[0]}
+  rules = ((r"cut", ("embed", "heads")), (r"layers|odd", ("embed", "mlp")), (r"whole", (None,)))
+  layers = np.arange(3 * 4 * 8, dtype=np.float32).reshape(3, 4, 8)
+  values = {"cut": batch.reshape(-1, 6), "odd": batch, "layers": layers, "whole": batch[0]}
   params = sharding.place(values, sharding.shardings(values, rules, mesh))
   assert not params["cut"].is_fully_addressable and not params["cut"].is_fully_replicated
-  copy = sharding.local_copy(params, rules)
+  copy = sharding.local_copy(params, rules, mesh)
   for name, x in copy.items():
     assert x.is_fully_addressable
     np.testing.assert_array_equal(np.asarray(x), values[name])
-  own = sharding.local_copy({"whole": jax.numpy.asarray(values["whole"])}, rules)["whole"]
+  own = sharding.local_copy({"whole": jax.numpy.asarray(values["whole"])}, rules, mesh)["whole"]
   assert own.sharding.device_set == set(jax.local_devices())
-  assert copy["cut"].is_fully_replicated == (jax.local_device_count() == 1)  # cut again over this process's devices
+  several = jax.local_device_count() > 1  # heads and hidden units over them, where they divide
+  whole = {name for name, x in copy.items() if x.is_fully_replicated}
+  assert whole == ({"odd", "whole"} if several else set(values))
+  half = sharding.local_copy(params, rules, mesh, lambda path, x: "bfloat16" if path == "layers" else x.dtype)
+  assert [half[name].dtype for name in ("layers", "odd")] == ["bfloat16", "float32"]
+  np.testing.assert_array_equal(np.asarray(half["layers"], np.float32), values["layers"])  # integers below 256
 
 
 if __name__ == "__main__":

@@ -126,6 +126,11 @@ HloModule sample
   %at = s32[] parameter(1)
   ROOT %one = f32[1,100]{1,0} dynamic-slice(%stack, %at, %at), dynamic_slice_sizes={1,100}
 }
+%outer (stack.2: f32[32,100], at.2: s32[]) -> f32[1,100] {
+  %stack.2 = f32[32,100]{1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  ROOT %inner = f32[1,100]{1,0} fusion(%stack.2, %at.2), kind=kLoop, calls=%slice_fused
+}
 %condition (state: (s32[], bf16[16,64])) -> pred[] {
   %limit = s32[]{:T(128)} constant(7)
   %state = (s32[], bf16[16,64]) parameter(0)
@@ -139,7 +144,7 @@ HloModule sample
   %second = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%link.2
   %layers = f32[32,100]{1,0} constant({...})
   %i = s32[] get-tuple-element(%state.1), index=0
-  %layer = f32[1,100]{1,0} fusion(%layers, %i), kind=kLoop, calls=%slice_fused
+  %layer = f32[1,100]{1,0} fusion(%layers, %i), kind=kLoop, calls=%outer
   ROOT %next = (s32[], bf16[16,64]) tuple(%i, %x)
 }
 ENTRY %main (p: bf16[16,64], g: bf16[512,64]) -> bf16[128,64] {
@@ -154,7 +159,8 @@ ENTRY %main (p: bf16[16,64], g: bf16[512,64]) -> bf16[128,64] {
 
 
 def test_how_a_tpu_writes_its_programs():
-  """Loops without a written length, collectives in the links of a chain, fused reduce-scatters, memory spaces."""
+  """Loops without a written length, collectives in the links of a chain, fused reduce-scatters, memory spaces, slices
+  in fusions inside fusions."""
   computations, entry = roofline_hlo.parse(TPU_TEXT)
   times = roofline_hlo.runs(computations, entry, trips=99)
   assert times["body"] == 7 and times["link.1"] == 7 and times["main"] == 1

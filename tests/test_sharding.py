@@ -20,7 +20,7 @@ import pytest
 import small_model
 from jax.sharding import PartitionSpec as P
 
-from stare_jax import checkpoint, policies, sharding, train
+from stare_jax import checkpoint, policies, rollout, roofline_hlo, sharding, train
 from stare_jax.losses import ops, preference
 
 SGD = optax.sgd(1.0)
@@ -237,6 +237,20 @@ def test_update_on_a_mesh_is_in_place_and_keeps_rows_where_they_are():
     assert all(dims.split(",")[0] in ("2", "16") for dims in moved) and (update is two_pass or not moved), moved
 
 
+def test_the_compiler_is_told_what_the_chips_of_a_mesh_need(monkeypatch):
+  """When a run calls the update and when `compile` asks for it: an option that nobody knows is refused by both."""
+  kind = jax.devices()[0].device_kind
+  monkeypatch.setitem(sharding.COMPILER_OPTIONS, kind, {"xla_no_such_option": "1"})
+  mesh = mesh_of("data")
+  update = train.make_update(small_model.loss_fn, SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  state = train.new_state(parameters(), SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  batch = sharding.put(small_model.batch(np.random.default_rng(0)), mesh)
+  for use in (lambda: update(state, batch), lambda: update.lower(state, batch).compile()):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
+      use()
+  assert sharding.compiler_options(None) is None
+
+
 def test_micro_batch_divides_over_the_devices():
   with pytest.raises(ValueError, match=r"micro_batch is 12 steps, which do not divide over 8 devices"):
     train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=12, mesh=mesh_of("data"))
@@ -300,6 +314,78 @@ def test_openvla_on_a_mixed_mesh_is_that_of_one_device(what):
   (params, told), (params_mesh, told_mesh) = results
   assert told == pytest.approx(told_mesh, rel=1e-4)
   chex.assert_trees_all_close(params, params_mesh, rtol=1e-3, atol=1e-4 * told["grad_norm"])
+
+
+ACTING = {
+  **NANO, "llm_width": 32, "dino": dict(width=16, head_size=4, mlp=24), "siglip": dict(width=16, head_size=4, mlp=32),
+}  # fmt: skip
+
+
+def acting(mesh, policy, params, obs):
+  """(tokens, log-probs, value) as a run acts on this mesh, and the bytes of all-gathers in the compiled program."""
+  own = sharding.acting_mesh(mesh)
+  copy = sharding.local_copy(params, policy.param_axes, mesh)
+  n = len(obs.image)
+  rest = (obs, jax.random.key(0), np.arange(n, dtype="u4"), np.zeros(n, "u4"), np.zeros(n, "u4"), np.float32(0.7))
+  out = jax.device_get(rollout.compile_act(policy, own)(copy, *rest))
+  if own is None:
+    return out, None
+  rest = jax.device_put(rest, sharding.replicated(own))
+  text = rollout.act_program(policy, own).lower(copy, *rest).compile().as_text()
+  computations, entry = roofline_hlo.parse(text)
+  found = roofline_hlo.collectives(computations, roofline_hlo.runs(computations, entry, trips=99), own.size)
+  return out, sum(c.times * c.size for c in found if c.kind == "all-gather")
+
+
+def test_acting_cuts_heads_and_hidden_units_and_gathers_no_weight():
+  """From parameters cut for training to actions: those of one device, and only activations travel."""
+  policy = policies.make(name="openvla", size="tiny", stats=STATS, **ACTING)
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  params = jax.tree.map(lambda s: 0.3 * jnp.sin(37.7 * jnp.arange(s.size).reshape(s.shape)), shapes)
+  rng = np.random.default_rng(0)
+  obs = policy.encode(rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 2)
+  expected, _ = acting(None, policy, params, obs)
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+  cut = jax.device_put(params, sharding.shardings(params, policy.param_axes, mesh))
+  out, gathered = acting(mesh, policy, cut, obs)
+  np.testing.assert_array_equal(out.tokens, expected.tokens)
+  np.testing.assert_allclose(out.log_prob, expected.log_prob, atol=1e-4)
+  np.testing.assert_allclose(out.value, expected.value, rtol=1e-4, atol=1e-5)
+  size = sum(x.nbytes for x in jax.tree.leaves(params["llm"]["layers"]))
+  assert 0 < gathered < 0.2 * size  # an action passes seven times through these layers
+
+
+def test_a_copy_in_the_type_of_its_products_acts_the_same():
+  """Kernels and tables in half the bytes; norms and the value head, which see float32, as they are."""
+  policy = policies.make(name="openvla", size="tiny", stats=STATS, **{**NANO, "compute_dtype": "bfloat16"})
+  params = policy.init(jax.random.key(1))
+  kinds = lambda path, x: policy.acts_in(sharding.path_name(path), x)
+  copy = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(kinds(path, x)), params)
+  kept = {sharding.path_name(p).split("/")[-1] for p, x in jax.tree_util.tree_leaves_with_path(copy) if x.dtype == "f4"}
+  assert {"scale", "bias"} < kept and copy["value"]["fc1"]["kernel"].dtype == "f4"
+  assert copy["llm"]["layers"]["attn"]["qkv"]["kernel"].dtype == copy["llm"]["head"]["table"].dtype == jnp.bfloat16
+  rng = np.random.default_rng(0)
+  obs = policy.encode(rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 3)
+  act = jax.jit(policy.act)
+  keys = jax.random.split(jax.random.key(2), 3)
+  chex.assert_trees_all_equal(*(act(p, obs, keys, np.float32(1.0)) for p in (copy, params)))
+
+
+def test_where_a_process_acts():
+  """Over its devices where a parameter is cut; as it lies where none is; whole where an axis does not divide."""
+  mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
+  own = sharding.acting_mesh(mesh)
+  assert dict(own.shape) == {"data": 1, "fsdp": 1, "tensor": 4}
+  assert sharding.acting_mesh(None) is None and sharding.acting_mesh(mesh_of("data")) is None
+  params = {"layers": jnp.ones((3, 8, 16)), "odd": jnp.ones((8, 6)), "bias": jnp.ones(8)}
+  rules = ((r"layers|odd", ("embed", "mlp")), (r"bias", (None,)))
+  copy = sharding.local_copy(params, rules, mesh)
+  assert {name: x.sharding.spec for name, x in copy.items()} == {"layers": P(None, None, "tensor"), "odd": P(),
+                                                                 "bias": P()}  # fmt: skip
+  chex.assert_trees_all_equal(jax.device_get(copy), jax.device_get(params))
+  half = sharding.local_copy(params, rules, mesh, lambda path, x: "bfloat16" if path == "odd" else x.dtype)
+  assert {name: x.dtype for name, x in half.items()} == {"layers": "float32", "odd": "bfloat16", "bias": "float32"}
+  assert sharding.local_copy(params, rules, mesh_of("data")) is params
 
 
 def test_openvla_has_a_rule_for_every_weight():

@@ -113,6 +113,7 @@ class Policy(NamedTuple):
     trainable: by the path of a parameter ("lora/llm/head/a"), whether it is trained; None trains all.
     reference: params -> the parameters of the policy without what was added to it (its adapters), sharing every array;
       None where nothing was.
+    acts_in: (path of a parameter, array) -> the type in which `act` uses it: a copy in that type acts the same.
   """
 
   init: Callable[[jax.Array], Any]
@@ -127,6 +128,7 @@ class Policy(NamedTuple):
   free: tuple[bool, ...]
   trainable: Callable[[str], bool] | None = None
   reference: Callable[[Any], Any] | None = None
+  acts_in: Callable[[str, Any], Any] | None = None
 
 
 def names() -> tuple[str, ...]:

@@ -64,15 +64,23 @@ class Adapter:
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
-  """[..., I] @ kernel [I, *O] (+ bias [*O]) -> [..., *O]; one matrix product over flattened rows and outputs."""
-  kernel = params["kernel"].astype(x.dtype)
-  lead, out = x.shape[:-1], kernel.shape[1:]
-  x = x.reshape(-1, x.shape[-1])
-  y = x @ kernel.reshape(kernel.shape[0], -1)
+  """[..., I] @ kernel [I, *O] (+ bias [*O]) -> [..., *O].
+
+  On one device one matrix product over flattened rows and outputs, the fastest form on CPU. On several all axes stay as
+  they are: [3, W] with W in pieces has no flattened form in pieces, so the compiler would gather the kernel; and
+  rows of 310 positions, no multiple of a TPU's tile, would be copied to be flattened.
+  """
+  kernel, bias = params["kernel"].astype(x.dtype), params.get("bias")
+  lead, out, flat = x.shape[:-1], kernel.shape[1:], x.reshape(-1, x.shape[-1])
+  if sharding.spread():
+    y = jnp.tensordot(x, kernel, 1)
+  else:
+    y = flat @ kernel.reshape(kernel.shape[0], -1)
+    bias = None if bias is None else bias.reshape(-1)
   if "lora" in params:
-    y = y + params["lora"](x, out).reshape(y.shape)
-  if "bias" in params:
-    y = y + params["bias"].astype(x.dtype).reshape(-1)
+    y = y + params["lora"](flat, out).reshape(y.shape)
+  if bias is not None:
+    y = y + bias.astype(x.dtype)
   return y.reshape(*lead, *out)
 
 

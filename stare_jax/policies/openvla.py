@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -137,6 +138,12 @@ def init(config: Config, key: jax.Array, part: str = "") -> Params:
     return (jax.random.truncated_normal(key, -2, 2, spec.shape) * (spec.std / 0.87962566)).astype(dtype)
 
   return jax.tree.unflatten(tree, [draw(s, k) for s, k in zip(table, jax.random.split(key, len(table)))])
+
+
+def acts_in(config: Config, path: str, x: Any) -> Any:
+  """Kernels and tables meet activations in `compute_dtype`; norms and the value head are used as they are."""
+  rounded = re.fullmatch(r"(.+/)?(vision|projector|llm)/.*/(kernel|table)", path)
+  return jnp.dtype(config.compute_dtype) if rounded else x.dtype
 
 
 def one_layer(params: Params) -> Params:
@@ -446,4 +453,5 @@ def make(
     param_axes=PARAM_AXES,
     config=config,
     free=tuple(bool(x) for x in codec.free),
+    acts_in=functools.partial(acts_in, config),
   )
