@@ -76,7 +76,7 @@ def one_shot(params, batch):
   return jax.value_and_grad(loss)(params)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def two_pass(params, batch, micro_batch, log_prob=small_model.log_prob):
   return train.preference_gradient(log_prob, stage_kernel, params, batch, micro_batch=micro_batch)
 
