@@ -15,7 +15,7 @@ HEIGHT = 0.03
 ABOVE = 0.12
 ROBOT = np.array([-0.1, 1.0, 0.0])
 NEAREST, HAND = 0.33, 0.21
-PUSH, FAR = 0.25, 0.68
+PUSH, FAR = 0.03, 0.68
 BASE = np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # the robot looks along -y
 
 
