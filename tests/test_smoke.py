@@ -63,8 +63,8 @@ def test_smoke_twice_gives_the_same_parameters(tmp_path, user_environment, root)
 
 # What a task cannot change is done less often, so that a dozen of them take minutes each.
 FEWER = (
-  "imitation.demonstrations=8", "imitation.updates=20", "preference.starts=3", "preference.updates=2",
-  "interaction.iterations=2", "evaluation.episodes=4", "report.videos=1",
+  "imitation.demonstrations=8", "imitation.updates=20", "imitation.optimiser.warmup_steps=5", "preference.starts=3",
+  "preference.updates=2", "interaction.iterations=2", "evaluation.episodes=4", "report.videos=1",
 )  # fmt: skip
 OTHERS = [pytest.param(n, marks=[pytest.mark.assets] if n in BRIDGE else []) for n in tasks.names() if n != "pull_cube"]
 
