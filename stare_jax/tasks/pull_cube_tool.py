@@ -46,12 +46,12 @@ def next_step(x: float, y: float) -> tuple[float, float]:
   """Where the tool goes, in its own frame, when the cube is at (x, y) in it; metres."""
   if 0.07 < x < 0.15 and 0.03 < y < 0.11:  # in the pocket
     return -0.06, 0.0
+  if x < HANDLE + 0.035 and y < 0:  # on the wrong side of the handle: back
+    return x - HANDLE - 0.05, 0.0
   if x < 0.12:  # the hook is beyond it
     return x - 0.11, y - POCKET[1]
   if y > ASIDE - 0.015:  # free to pass
     return x - 0.105, y - ASIDE
-  if x < HANDLE + 0.035 and y < 0:  # on the wrong side of the handle: back
-    return x - HANDLE - 0.05, 0.0
   return 0.0, y - ASIDE - 0.01
 
 

@@ -10,9 +10,9 @@ from stare_jax.tasks import Actors, Camera, Stage, Task, experts, rules
 from stare_jax.tasks.experts import CLOSED
 
 CONTACT, REACH = 0.045, 0.03  # metres: from the ball's centre to the fingers that touch it; from there, Reach ends
-LAUNCHED = 0.3  # m/s toward the goal: the ball needs three seconds for the longest way, and an episode has four
+LAUNCHED = 0.4  # m/s toward the goal, half of what the arm gives: at less the ball is not there within an episode
 BEHIND = 0.075  # metres from the ball's centre to where the fingers come down
-HEIGHT, ABOVE = 0.03, 0.12  # metres of the tool over the table: while it pushes, and over the table before it comes down
+HEIGHT, ABOVE = 0.03, 0.12  # metres of the tool over the table: while it pushes, and before it comes down
 # Metres beyond where the ball lay that the fingers follow it. They hold on to it by friction, and a longer push only
 # gives it a spin: after 25 cm, one ball in twenty left the line by more than the goal's radius.
 FOLLOW = 0.03
@@ -47,7 +47,7 @@ ROLL_BALL = Task(
   instruction="roll the ball to the goal",
   stages=(
     Stage("Reach", rules.any_of(TOUCHING, rules.succeeded), rules.between(rules.tool, CONTACT_POINT), scale=0.2),
-    Stage("Launch", rules.any_of(rules.within(SLOWNESS, 0.0), rules.succeeded), SLOWNESS, scale=0.3),
+    Stage("Launch", rules.any_of(rules.within(SLOWNESS, 0.0), rules.succeeded), SLOWNESS, scale=0.4),
     Stage("Roll", rules.succeeded, rules.between(rules.thing, rules.goal, axes="xy"), scale=0.5),
   ),
   actors=Actors(object="ball", goal="goal_region"),
