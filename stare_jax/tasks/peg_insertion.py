@@ -88,6 +88,6 @@ PEG_INSERTION_SIDE = Task(
   ),
   actors=Actors(object="peg", goal="goal_pose"),
   expert=experts.scripted(insert),
-  camera=Camera(eye=(0.81, 0.0, 0.83), target=(0.03, 0.0, 0.05), fov=0.6),
+  camera=Camera(eye=(0.55, -0.7, 0.75), target=(-0.02, 0.02, 0.05), fov=0.8),  # sees the hole
   horizon=100,
 )

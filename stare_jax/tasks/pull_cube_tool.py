@@ -73,6 +73,7 @@ PULL_CUBE_TOOL = Task(
   ),
   actors=Actors(object="l_shape_tool", goal="cube"),
   expert=experts.scripted(pull),
-  camera=Camera(eye=(0.81, 0.0, 0.83), target=(0.03, 0.0, 0.05), fov=0.6),
+  # From the side, with the pocket in front: the hand hides the cube from the front.
+  camera=Camera(eye=(0.35, 0.75, 0.8), target=(-0.02, -0.13, 0.0), fov=0.58),
   horizon=100,
 )
