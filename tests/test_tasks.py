@@ -12,6 +12,7 @@ from stare_jax import stages, tasks
 from stare_jax.episode import SIGNAL_SIZE, SIGNALS, pack_signals, unpack_signals
 from stare_jax.tasks import experts, rules
 from stare_jax.tasks.pull_cube_tool import next_step
+from tests.test_stages import online
 
 NAMES = tasks.names()
 BASIC = ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright")
@@ -545,7 +546,7 @@ SCENES = [pytest.param(name, marks=[pytest.mark.assets, pytest.mark.slow] if nam
 @pytest.mark.sim
 @pytest.mark.parametrize("name", SCENES)
 def test_experts_in_the_simulator(name):
-  """From fresh starts every expert succeeds within the horizon and completes every stage, in order."""
+  """From fresh starts every expert succeeds and completes every stage, in order; online labels equal offline ones."""
   from stare_jax import sims
 
   task, envs = tasks.get(name), [0, 1, 2]
@@ -563,3 +564,7 @@ def test_experts_in_the_simulator(name):
     assert unpack_signals(trajectory)["success"].any(), "the expert failed"
     completed_at = stages.label(task, trajectory)[1]
     assert (completed_at >= 1).all() and (np.diff(completed_at) >= 0).all()
+  seen, done = online(task, np.stack(states), regress=False)
+  for env, trajectory in enumerate(np.stack(states, axis=1)):
+    stage_id, completed_at, last = stages.label(task, trajectory)
+    assert seen[:, env].tolist() == [*stage_id, last] and done[env].tolist() == completed_at.tolist()

@@ -52,6 +52,6 @@ ROLL_BALL = Task(
   ),
   actors=Actors(object="ball", goal="goal_region"),
   expert=experts.scripted(roll, BASE),
-  camera=Camera(eye=(-0.1, -1.75, 1.1), target=(-0.1, -0.39, 0.0), fov=0.62),
+  camera=Camera(eye=(-0.1, -1.75, 1.1), target=(-0.1, -0.32, 0.0), fov=0.68),
   horizon=80,
 )
