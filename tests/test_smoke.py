@@ -66,7 +66,8 @@ FEWER = (
   "imitation.demonstrations=8", "imitation.updates=20", "imitation.optimiser.warmup_steps=5", "preference.starts=3",
   "preference.updates=2", "interaction.iterations=2", "evaluation.episodes=4", "report.videos=1",
 )  # fmt: skip
-OTHERS = [pytest.param(n, marks=[pytest.mark.assets] if n in BRIDGE else []) for n in tasks.names() if n != "pull_cube"]
+OTHERS = [pytest.param(name, marks=[pytest.mark.assets] if name in BRIDGE else [])
+          for name in tasks.names("maniskill") if name != "pull_cube"]  # fmt: skip
 
 
 @pytest.mark.slow

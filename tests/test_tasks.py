@@ -92,7 +92,7 @@ def test_stage_names():
     assert [stage.name for stage in tasks.get(name).stages] == ["Reach", "Grasp", "Transport", "Place"]
   for name, (expected, _) in TOOLS.items():
     assert [stage.name for stage in tasks.get(name).stages] == expected.split()
-  assert {*BASIC, *BRIDGE, *TOOLS} == set(NAMES)
+  assert {*BASIC, *TOOLS, *BRIDGE, *SIMPLER} == set(NAMES)
 
 
 @pytest.mark.parametrize(
