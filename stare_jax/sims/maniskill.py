@@ -351,11 +351,8 @@ class _Arm:
     self._own = controller.active_joint_indices.numpy()
     self._ordered = kinematics.pmodel_active_joint_indices.numpy()
     self._controlled = kinematics.pmodel_controlled_joint_indices.numpy()
-    self._solve, self._link, self._mask = (
-      kinematics.pmodel.compute_inverse_kinematics,
-      kinematics.end_link_idx,
-      kinematics.qmask.numpy(),
-    )
+    self._solve = kinematics.pmodel.compute_inverse_kinematics
+    self._link, self._mask = kinematics.end_link_idx, kinematics.qmask.numpy()
 
   @classmethod
   def of(cls, controller: Any) -> _Arm | None:
