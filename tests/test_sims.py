@@ -223,7 +223,11 @@ def test_the_learner_stays_free_of_the_simulator():
 # ------------------------------------------------------------------------------------------------------ ManiSkill
 
 
-@pytest.fixture(scope="module", params=["pick_cube", "pull_cube"])
+# One whose robot stands elsewhere, and one that builds its scene anew for every episode and has a pose for a goal.
+ODD = [pytest.param(name, marks=pytest.mark.slow) for name in ("roll_ball", "peg_insertion_side")]
+
+
+@pytest.fixture(scope="module", params=["pick_cube", "pull_cube", *ODD])
 def real(request):
   """Three environments on two workers: 0 and 2 share a process."""
   task = tasks.get(request.param)

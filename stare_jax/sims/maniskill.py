@@ -68,7 +68,7 @@ class ManiSkill:
 
     Args:
       env_id: ManiSkill's name of the environment.
-      actors: attributes of the environment that hold the object and the goal (None: no goal).
+      actors: attributes of the environment: the object, and the goal or the pose that is the goal (None: no goal).
       camera: (eye, target, vertical field of view in radians); None keeps the environment's own.
       env_options: further arguments of the environment, and `show_goal`: draw the goal that it hides from cameras.
       image_size: H = W, pixels.
@@ -273,7 +273,7 @@ class ManiSkill:
     values = dict(
       tcp_pose=_pose(self._tcp),
       object_pose=_pose(body.entity),
-      goal_pose=np.zeros(7) if self._goal is None else _pose(self._goal._bodies[0].entity),
+      goal_pose=np.zeros(7) if self._goal is None else self._goal_pose(),
       object_velocity=np.concatenate([body.linear_velocity, body.angular_velocity]),
       qpos=_joints(robot.get_qpos()),
       qvel=_joints(robot.get_qvel()),
@@ -283,6 +283,11 @@ class ManiSkill:
     )
     self._contacts = None
     return np.concatenate([np.asarray(values[name], np.float32).reshape(-1) for name in SIGNALS])
+
+  def _goal_pose(self) -> np.ndarray:
+    if hasattr(self._goal, "_bodies"):
+      return _pose(self._goal._bodies[0].entity)
+    return self._actor(self._goal_name).raw_pose[0].numpy()  # a pose that the environment works out when asked
 
   def _force(self, first: Any, second: Any) -> np.ndarray:
     """float64[3], newtons, world frame: the contact force of `second` on `first`."""
@@ -346,11 +351,8 @@ class _Arm:
     self._own = controller.active_joint_indices.numpy()
     self._ordered = kinematics.pmodel_active_joint_indices.numpy()
     self._controlled = kinematics.pmodel_controlled_joint_indices.numpy()
-    self._solve, self._link, self._mask = (
-      kinematics.pmodel.compute_inverse_kinematics,
-      kinematics.end_link_idx,
-      kinematics.qmask.numpy(),
-    )
+    self._solve = kinematics.pmodel.compute_inverse_kinematics
+    self._link, self._mask = kinematics.end_link_idx, kinematics.qmask.numpy()
 
   @classmethod
   def of(cls, controller: Any) -> _Arm | None:

@@ -24,6 +24,9 @@ REGISTRY: dict[str, str] = {
   "place_sphere": "stare_jax.tasks.pick_place:PLACE_SPHERE",
   "lift_peg_upright": "stare_jax.tasks.lift_peg:LIFT_PEG_UPRIGHT",
   "poke_cube": "stare_jax.tasks.poke_cube:POKE_CUBE",
+  "pull_cube_tool": "stare_jax.tasks.pull_cube_tool:PULL_CUBE_TOOL",
+  "roll_ball": "stare_jax.tasks.roll_ball:ROLL_BALL",
+  "peg_insertion_side": "stare_jax.tasks.peg_insertion:PEG_INSERTION_SIDE",
   "put_carrot_on_plate": "stare_jax.tasks.bridge:PUT_CARROT_ON_PLATE",
   "put_spoon_on_towel": "stare_jax.tasks.bridge:PUT_SPOON_ON_TOWEL",
   "stack_green_on_yellow": "stare_jax.tasks.bridge:STACK_GREEN_ON_YELLOW",
@@ -55,7 +58,10 @@ class Camera(NamedTuple):
 
 
 class Actors(NamedTuple):
-  """Attributes of the simulator environment from which the signals are read; a task without a goal has None."""
+  """Attributes of the simulator environment from which the signals are read.
+
+  The goal may also be a pose that the environment works out, such as PegInsertionSide's; None: the task has none.
+  """
 
   object: str
   goal: str | None

@@ -36,14 +36,15 @@ class Controller:
   """Runs a plan: the Expert that a task registers.
 
   Actions are those of `pd_ee_delta_pose` in ManiSkill 3.0.1, float32[7] in [-1, 1]: translation in units of 0.1 m along
-  the world axes; rotation as XYZ Euler angles, left-multiplied, in units of *minus* 0.1 rad (the simulator scales by
-  its lower limit); gripper +1 open, -1 closed.
+  the axes of the robot's base; rotation as XYZ Euler angles, left-multiplied, in units of *minus* 0.1 rad (the
+  simulator scales by its lower limit); gripper +1 open, -1 closed. `base` is the rotation of that base in the world.
   """
 
-  def __init__(self, plan: Plan, rng: np.random.Generator, noise: float = 0.0):
+  def __init__(self, plan: Plan, rng: np.random.Generator, noise: float = 0.0, base: np.ndarray | None = None):
     if noise < 0:
       raise ValueError(f"expert: noise is {noise}, expected a standard deviation >= 0")
     self._rng, self._noise = rng, noise
+    self._base = np.eye(3) if base is None else base
     self._plan = plan(self)
     self._target: Target | None = None
     self._before: np.ndarray | None = None  # tool position one step ago
@@ -63,14 +64,14 @@ class Controller:
 
   def _toward(self, target: Target) -> np.ndarray:
     position = self.tool
-    move = (target.position - position) / METRES * GAIN
+    move = self._base.T @ (target.position - position) / METRES * GAIN
     length: Any = np.linalg.norm(move)
     # Inverse kinematics that finds no solution leaves the arm where it is. Asked to move and did not: ask for less.
     frozen = self._before is not None and length > 0.15 and np.linalg.norm(position - self._before) < STUCK_STEP
     self._stride = max(0.15, 0.6 * self._stride) if frozen else min(1.0, 1.3 * self._stride)
     self._before = position
     move *= self._stride / max(length, 1.0)
-    turn = self._turn_to(target.rotation) * GAIN
+    turn = self._base.T @ self._turn_to(target.rotation) * GAIN
     angle: Any = np.linalg.norm(turn)
     turn *= RADIANS / max(angle, RADIANS)
     action = np.concatenate([move, -euler_xyz(from_rotation_vector(turn)) / RADIANS, [target.grip]])
@@ -148,11 +149,11 @@ class Controller:
         return
 
 
-def scripted(plan: Plan) -> Callable[[np.random.Generator, float], Controller]:
-  """A plan as the `expert` of a task."""
+def scripted(plan: Plan, base: np.ndarray | None = None) -> Callable[[np.random.Generator, float], Controller]:
+  """A plan as the `expert` of a task; `base` as in `Controller`."""
 
   def expert(rng: np.random.Generator, noise: float = 0.0) -> Controller:
-    return Controller(plan, rng, noise)
+    return Controller(plan, rng, noise, base)
 
   return expert
 

@@ -3,8 +3,10 @@
 Every word is a function of (signals now, signals at reset). Leading axes are arbitrary and broadcast, so the same rule
 reads one state, N environments online ([N] and [N]) or a whole trajectory offline ([T+1] and [1]).
 
-  Point      float32[..., 3], metres, world frame: tool, thing, goal, shifted(...), on_axis(...)
-  Distance   float32[...], >= 0, metres or radians:  between(...), missing_height(...), speed, tilt, plus(...)
+  Point      float32[..., 3], metres, world frame: tool, thing, goal, shifted(...), attached(...), behind(...),
+             on_axis(...), fixed(...)
+  Distance   float32[...], >= 0, metres or radians:  between(...), off_line(...), missing_height(...), speed,
+             missing_speed(...), tilt, plus(...), beyond(...)
   Rule       bool[...]:  near, in_contact, grasped, lifted, at_goal, upright, released, static, succeeded;
              joined by any_of, all_of
 
@@ -51,12 +53,37 @@ def shifted(point: Point, by: tuple[float, float, float]) -> Point:
   return lambda now, start: point(now, start) + offset
 
 
-def on_axis(half_length: float, axis: int = 0) -> Point:
-  """The point nearest to the tool on the object's own axis, at most `half_length` metres from its centre."""
+def attached(at: tuple[float, float, float]) -> Point:
+  """The point of the object that is at `at`, metres, in its own frame."""
+
+  def point(now: Signals, start: Signals) -> np.ndarray:
+    axes = (_axis(now["object_pose"][..., 3:], axis) * np.float32(by) for axis, by in enumerate(at))
+    return thing(now, start) + sum(axes)
+
+  return point
+
+
+def fixed(at: tuple[float, float, float]) -> Point:
+  """A point of the world that never moves, such as the robot's base."""
+  where = np.asarray(at, np.float32)
+  return lambda now, start: np.broadcast_to(where, thing(now, start).shape)
+
+
+def behind(gap: float) -> Point:
+  """The point `gap` metres behind the object as seen from the goal, at the object's height."""
+
+  def point(now: Signals, start: Signals) -> np.ndarray:
+    return thing(now, start) - np.float32(gap) * _to_goal(now, start)
+
+  return point
+
+
+def on_axis(half_length: float, axis: int = 0, middle: Point = thing) -> Point:
+  """The point nearest to the tool on the object's own axis through `middle`, at most `half_length` metres from it."""
 
   def closest(now: Signals, start: Signals) -> np.ndarray:
     direction = _axis(now["object_pose"][..., 3:], axis)
-    centre = thing(now, start)
+    centre = middle(now, start)
     along = np.sum((tool(now, start) - centre) * direction, axis=-1, keepdims=True)
     return centre + np.clip(along, -half_length, half_length) * direction
 
@@ -74,6 +101,17 @@ def between(a: Point, b: Point, axes: str = "xyz") -> Distance:
   return lambda now, start: _length(a(now, start)[..., :count] - b(now, start)[..., :count])
 
 
+def off_line(point: Point, axis: int = 0) -> Distance:
+  """Metres from a point to the line through the goal along the goal's own axis."""
+
+  def distance(now: Signals, start: Signals) -> np.ndarray:
+    direction = _axis(now["goal_pose"][..., 3:], axis)
+    away = point(now, start) - goal(now, start)
+    return _length(away - np.sum(away * direction, axis=-1, keepdims=True) * direction)
+
+  return distance
+
+
 def height(now: Signals, start: Signals) -> np.ndarray:
   """Metres that the object is above its place at reset; negative below it."""
   return now["object_pose"][..., 2] - start["object_pose"][..., 2]
@@ -87,6 +125,12 @@ def missing_height(goal_height: float) -> Distance:
 def speed(now: Signals, start: Signals) -> np.ndarray:
   """Speed of the object in m/s: as a distance, the metres that it covers in one second."""
   return _length(now["object_velocity"][..., :3])
+
+
+def missing_speed(wanted: float) -> Distance:
+  """What the object's speed toward the goal, horizontally, lacks of `wanted` m/s: metres in one second."""
+  approach = lambda now, start: np.sum(now["object_velocity"][..., :3] * _to_goal(now, start), axis=-1)
+  return lambda now, start: np.clip(np.float32(wanted) - approach(now, start), 0, None)
 
 
 def tilt(axis: int = 0) -> Distance:
@@ -105,6 +149,11 @@ def plus(*distances: Distance) -> Distance:
   return lambda now, start: functools.reduce(np.add, (distance(now, start) for distance in distances))
 
 
+def beyond(distance: Distance, limit: float) -> Distance:
+  """By how much a distance exceeds `limit`."""
+  return lambda now, start: np.clip(distance(now, start) - np.float32(limit), 0, None)
+
+
 # ---- rules
 
 
@@ -112,6 +161,11 @@ def near(a: Point, b: Point, within: float, axes: str = "xyz") -> Rule:
   """The two points are at most `within` metres apart."""
   distance = between(a, b, axes)
   return lambda now, start: distance(now, start) <= within
+
+
+def within(distance: Distance, limit: float) -> Rule:
+  """The distance is at most `limit` metres or radians."""
+  return lambda now, start: distance(now, start) <= limit
 
 
 def at_goal(within: float, target: Point = goal, axes: str = "xyz") -> Rule:
@@ -167,6 +221,12 @@ def all_of(*rules: Rule) -> Rule:
 
 def _evaluate(rules: tuple[Rule, ...], now: Signals, start: Signals) -> tuple[np.ndarray, ...]:
   return np.broadcast_arrays(*(rule(now, start) for rule in rules))
+
+
+def _to_goal(now: Signals, start: Signals) -> np.ndarray:
+  """float32[..., 3], the horizontal unit vector from the object to the goal; zeros where it is over the goal."""
+  way = (goal(now, start) - thing(now, start)) * np.array([1, 1, 0], np.float32)
+  return way / np.maximum(_length(way), np.float32(1e-6))[..., None]
 
 
 def _length(vector: np.ndarray) -> np.ndarray:
