@@ -15,8 +15,8 @@ from stare_jax.sims import pool
 def resolved(config: Any) -> Any:
   """The configuration with what it leaves to the task filled in: what a run does, and what its folder records.
 
-  `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon and
-  `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
+  `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon, `interaction.steps` = 0
+  the horizon, and `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
   """
   if config.task not in tasks.names():  # `check` says so
     return config
@@ -25,6 +25,7 @@ def resolved(config: Any) -> Any:
     task = tasks.get(config.task)
     config.sim.name = task.simulator if config.sim.name == "maniskill" else config.sim.name
     config.sim.horizon = config.sim.horizon or task.horizon
+    config.interaction.steps = config.interaction.steps or config.sim.horizon
     longest = config.preference.tail or config.sim.horizon
     config.preference.buckets = tuple(config.preference.buckets) or (longest,)
   return config
@@ -37,7 +38,10 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   """
   config = resolved(config)
   validate(config, tasks.names)
-  tasks.get(config.task)
+  names = [stage.name for stage in tasks.get(config.task).stages]
+  if config.interaction.reward == "levels" and "interaction" in config.phases and "Grasp" not in names:
+    raise ConfigError(f'interaction.reward = "levels" (of the method rl4vla_faithful) pays for grasping, and '
+                      f"{config.task} goes {' -> '.join(names)}: choose a task with a Grasp stage, or another reward")
   check_simulator(config)
   for phase in ("imitation", "preference"):
     if (name := config[phase].loss) not in losses.names(phase):
