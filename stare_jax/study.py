@@ -132,6 +132,8 @@ def cores(slot: int, threads: int) -> Any:
     return
   mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   env = dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+  if threads == 1:
+    env["LP_NUM_THREADS"] = "0"  # lavapipe: rasterise in the calling thread
   if not mine:
     yield env
     return
