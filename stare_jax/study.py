@@ -6,7 +6,7 @@
 A cell is `stare_jax.main` in DIR/<task>/<method>/seed<seed>, with its output in log.txt there. The start of a task and
 seed (method sft) comes first and the other methods go on from its checkpoint. The same command again goes on: finished
 cells are skipped, and one that was stopped or killed continues from its last checkpoint. Results are written whenever a
-cell is finished: results.md, results.html, curves-<task>.svg and .png.
+cell is finished: results.md and results.html, and at the end curves-<task>.svg and .png.
 
 Status 0: all cells finished, or stopped by Ctrl-C or SIGTERM; 1: some cells failed; 2: a mistake in the input.
 """
@@ -109,7 +109,7 @@ class Runner:
       took = report.duration(time.monotonic() - job.began)
       if cell.finished():
         log.info("%s: %s, after %s", cell, cell.result(), took)
-        study_report.write(self.workdir, self.config, self.cells)
+        study_report.write(self.workdir, self.config, self.cells, pictures=False)
       elif not self.stopping:
         self._fail(cell, f"ended with status {job.process.returncode} after {took}\n{cell.last_words()}")
     if time.monotonic() - self.told > TELL:

@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 from stare_jax import pipeline_check, report
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, suggest
 
 START = "sft"  # the method whose run the others start from
 
@@ -114,6 +114,8 @@ def make_cell(c: Any, workdir: pathlib.Path, base: Any, task: str, method: str, 
   config = base.get_config(argument)
   folder = workdir / task / method / f"seed{seed}"
   phases = tuple(config.phases) if start is None else tuple(p for p in config.phases if p != "imitation")
+  if bad := [change for change in c.changes if "=" not in change]:
+    raise ConfigError(f'changes names "{bad[0]}": expected a field and its value, such as "preference.starts=80"')
   fields: dict[str, Any] = dict(change.split("=", 1) for change in c.changes)
   for field, value in (("interaction.iterations", c.interaction.iterations),
                        ("evaluation.episodes", c.evaluation.episodes)):  # fmt: skip
@@ -133,13 +135,21 @@ def make_cell(c: Any, workdir: pathlib.Path, base: Any, task: str, method: str, 
 
 
 def read(text: str, config: Any, name: str) -> Any:
-  """A field's value from its text, as a flag would be read."""
-  node = config
-  for part in name.split(".")[:-1]:
-    node = node[part]
-  if isinstance(node[name.split(".")[-1]], str):
+  """A field's value from its text, as a flag would be read. Raises: ConfigError for an unknown field or a bad value."""
+  fields = known(config)
+  if name not in fields:
+    raise ConfigError(f'unknown field "{name}": {suggest(name, tuple(fields))}')
+  if isinstance(fields[name], str):
     return text
   try:
     return ast.literal_eval(text)
   except (SyntaxError, ValueError):
-    raise ConfigError(f'{name}="{text}": expected a {type(node[name.split(".")[-1]]).__name__}') from None
+    raise ConfigError(f'{name}="{text}": expected a {type(fields[name]).__name__}') from None
+
+
+def known(config: Any, prefix: str = "") -> dict[str, Any]:
+  """{"preference.starts": 160, ...}: every field of a configuration under its dotted name."""
+  out: dict[str, Any] = {}
+  for name, value in config.items():
+    out |= known(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}
+  return out

@@ -230,7 +230,7 @@ def draw(path: pathlib.Path, task: str, found: Mapping[str, Curve]) -> None:
   figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
   for i, (method, line) in enumerate(found.items()):
     colour = COLOURS[i % len(COLOURS)]
-    axes.plot(line.x, 100 * line.mean, color=colour, label=f"{method} ({line.seeds} seeds)")
+    axes.plot(line.x, 100 * line.mean, color=colour, label=f"{method} (n = {line.seeds})")
     axes.fill_between(line.x, 100 * line.low, 100 * line.high, color=colour, alpha=0.15, linewidth=0)
   axes.set(title=task, xlabel="environment steps", ylabel="success in training rollouts, %", ylim=(0, 100))
   axes.grid(alpha=0.3)
@@ -239,8 +239,13 @@ def draw(path: pathlib.Path, task: str, found: Mapping[str, Curve]) -> None:
   plt.close(figure)
 
 
-def write(workdir: str | os.PathLike, config: Any, cells: Sequence[Any]) -> list[pathlib.Path]:
-  """results.md, results.html and the curves of every task, from what is in the folder now; returns what was written."""
+def write(
+  workdir: str | os.PathLike, config: Any, cells: Sequence[Any], *, pictures: bool = True
+) -> list[pathlib.Path]:
+  """results.md, results.html and the curves of every task, from what is in the folder now; returns what was written.
+
+  pictures: the curves as .svg and .png too; the page has its own.
+  """
   workdir = pathlib.Path(workdir)
   sections, lines, figures, out = [], {}, [], []
   for task in config.tasks:
@@ -248,10 +253,10 @@ def write(workdir: str | os.PathLike, config: Any, cells: Sequence[Any]) -> list
       sections += tables(task, found, config.compare)
     if line := curves(cells, task):
       lines[task] = line
-      for suffix in ("svg", "png"):
+      for suffix in ("svg", "png") if pictures else ():
         draw(workdir / f"curves-{task}.{suffix}", task, line)
         out.append(workdir / f"curves-{task}.{suffix}")
-      figures.append(f"curves-{task}.svg")
+      figures += [f"curves-{task}.svg"] * pictures
   missing = [str(cell) for cell in cells if not cell.finished()]
   for name, content in (("results.md", markdown(sections, figures, missing)),
                         ("results.html", page(sections, lines, missing))):  # fmt: skip
