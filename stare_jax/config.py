@@ -104,6 +104,9 @@ def _validate_preference(c: Any) -> None:
   if max(p.buckets) < longest:
     raise ConfigError(f"preference.buckets = {tuple(p.buckets)} hold no episode of {name} = {longest} "
                       f"steps: add a bucket of {longest}")
+  if p.loss == "window_tpo" and min(p.buckets) < 8:
+    raise ConfigError(f'preference.loss = "window_tpo" compares windows of 8 steps, and preference.buckets = '
+                      f"{tuple(p.buckets)} hold fewer: raise preference.tail (now {p.tail}), or leave it 0")
   if p.loss == "stage_tpo" and p.pairs == "trajectory":
     raise ConfigError('preference.loss = "stage_tpo" and preference.pairs = "trajectory": a success against a failure '
                       'says nothing of their stages; choose pairs = "stage", or the loss "tpo" or "window_tpo"')

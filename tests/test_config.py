@@ -129,6 +129,7 @@ def test_frames_of_any_size_suit_a_checkpoint():
   (dict(preference__temperature=0.0), ("preference.temperature = 0.0",)),
   (dict(preference__samples_max=1), ("preference.samples_max = 1", "preference.samples = 2")),
   (dict(preference__pairs="trajectory"), ("stage_tpo", "trajectory", "window_tpo")),
+  (dict(preference__loss="window_tpo", preference__buckets=(6, 12)), ("window_tpo", "(6, 12)", "preference.tail")),
   (dict(preference__loss="tpo", preference__hp__gating=False), ("preference.hp.gating = False", '"tpo"')),
   (dict(interaction__reward="level"), ("interaction.reward", '"levels"')),
   (dict(interaction__stop_on_success=False), ("interaction.stop_on_success = False", '"levels"')),

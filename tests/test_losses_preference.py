@@ -286,6 +286,8 @@ def test_an_episode_too_short_for_a_window_has_no_part():
 @seeds
 def test_without_gating_a_stage_that_one_never_reached_counts_as_nothing_done(seed, jit):
   log_ratio, stage_id, cost, sign = batch = draw(seed)
+  stage_id[0] = np.minimum(stage_id[0], 0)  # never left its first stage, and its rival has been in the last
+  stage_id[B, -1], cost[0, 1:], cost[B, -1] = K - 1, np.nan, 0.3
   want = []
   for b, k in np.ndindex(*sign.shape):
     winner, loser = (b, B + b) if sign[b, k] > 0 else (B + b, b)
