@@ -54,6 +54,7 @@ class Runner:
     self.cells, self.workdir, self.config, self.jobs, self.threads = cells, workdir, config, jobs, threads
     self.running: dict[Cell, Running] = {}
     self.failed: dict[Cell, str] = {}
+    self.done: set[Cell] = set()
     self.stopping = False
     self.told = time.monotonic()
 
@@ -64,23 +65,27 @@ class Runner:
       job.process.terminate()
 
   def run(self) -> None:
-    done = [cell for cell in self.cells if cell.finished()]
-    waiting = [cell for cell in self.cells if cell not in done]
-    log.info("%d cells, %d of them finished before", len(self.cells), len(done))
+    waiting = [cell for cell in self.cells if not self._finished(cell)]
+    log.info("%d cells, %d of them finished before", len(self.cells), len(self.done))
     while self.running or (waiting and not self.stopping):
       waiting = self._start(waiting)
       time.sleep(LOOK)
       self._look()
 
+  def _finished(self, cell: Cell) -> bool:
+    """As `cell.finished()`, whose files need not be read again once it is."""
+    if cell not in self.done and cell.finished():
+      self.done.add(cell)
+    return cell in self.done
+
   def _start(self, waiting: list[Cell]) -> list[Cell]:
     left = []
     for cell in waiting:
-      bad = cell.needs in self.failed if cell.needs is not None else False
-      if bad:
+      if cell.needs is not None and cell.needs in self.failed:
         self._fail(cell, f"its start, {cell.needs}, failed")
-      elif self.stopping or len(self.running) >= self.jobs or (cell.needs is not None and not cell.needs.finished()):
+      elif self.stopping or len(self.running) >= self.jobs or not (cell.needs is None or self._finished(cell.needs)):
         left.append(cell)
-      elif not cell.finished() and not self._launch(cell):
+      elif not self._finished(cell) and not self._launch(cell):
         left.append(cell)
     return left
 
@@ -107,7 +112,7 @@ class Runner:
         continue
       del self.running[cell]
       took = report.duration(time.monotonic() - job.began)
-      if cell.finished():
+      if self._finished(cell):
         log.info("%s: %s, after %s", cell, cell.result(), took)
         study_report.write(self.workdir, self.config, self.cells, pictures=False)
       elif not self.stopping:

@@ -76,14 +76,8 @@ class Cell:
             f"{success['n']} episodes")
 
   def progress(self) -> str:
-    """Where it is, from its newest row of metrics."""
-    rows = report.read_metrics(self.folder / "metrics.jsonl")
-    if not rows:
-      return "nothing learned yet"
-    row = rows[-1]
-    total = f"/{self.total}" * (row["phase"] == self.phases[-1])
-    shown = [f"{name} {row[name]:.3g}" for name in ("success", "accuracy") if row.get(name) is not None]
-    return ", ".join([f"{row['phase']} {row['step']}{total}", *shown[:1]])
+    """Where it is, as it said last."""
+    return self.last_words(1).strip() or "starting"
 
   def last_words(self, lines: int = 5) -> str:
     path = self.folder / "log.txt"

@@ -178,6 +178,20 @@ def test_trajectory_preferences_and_the_policys_own_critic(tmp_path, toy_environ
   assert first["explained_variance"] == pytest.approx(0, abs=1e-3) and abs(second["explained_variance"]) > 1e-3
 
 
+@pytest.mark.slow
+def test_rl4vlas_ppo_acts_on_episodes_of_a_fixed_length(tmp_path, toy_environment, uninterrupted):
+  workdir = tmp_path / "run"
+  done = toy_run.launch(
+    workdir, toy_environment, f"--config.init_from={uninterrupted}/checkpoints/imitation",
+    "--config.phases=('interaction',)", "--config.interaction.steps=12", "--config.interaction.batch=24",
+    "--config.interaction.iterations=3", config="tests/toy_run.py:default,method=rl4vla_faithful,task=pick_cube",
+  )  # fmt: skip
+  assert done.returncode == 0 and "compiled again" not in done.stderr, done.stdout + done.stderr
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert len(rows) == 3 and all(row["episodes"] == 4 and row["length"] == 12 for row in rows)
+  assert all(row["return_raw"] == row["return_shaped"] for row in rows)  # nothing is shaped
+
+
 def test_tasks_of_the_presets_have_stages():
   for name in tasks.names():
     assert tasks.get(name).stages

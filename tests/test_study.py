@@ -189,7 +189,7 @@ def test_a_cell_is_finished_when_this_command_came_to_its_end(tmp_path, quick):
   (cell,) = made_cells(tmp_path, {})
   assert not cell.finished()
   run([cell], tmp_path)
-  assert cell.finished() and "success 30.0 %" in cell.result() and cell.progress() == "imitation 4/4, success 0.75"
+  assert cell.finished() and "success 30.0 %" in cell.result() and cell.progress().startswith("cores ")
   rows = (cell.folder / "metrics.jsonl").read_text().splitlines()
   (cell.folder / "metrics.jsonl").write_text("\n".join(rows[:-1]) + "\n")  # it was extended, and killed on the way
   assert not cell.finished()
