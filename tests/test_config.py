@@ -8,6 +8,7 @@ from configs import ipi
 from stare_jax import tasks
 from stare_jax.config import ConfigError, parse_arg, suggest, validate
 from stare_jax.pipeline_check import check, resolved
+from stare_jax.policies.tokenizer import WordTokenizer
 from tests import toy_run
 
 
@@ -50,6 +51,13 @@ def test_every_preset_is_valid_for_every_task(preset, task):
   longest = config.preference.tail or config.sim.horizon
   assert config.sim.horizon == tasks.get(task).horizon and config.preference.buckets == (longest,)
   assert config.is_locked
+
+
+def test_the_default_policy_reads_every_instruction():
+  """A word outside its vocabulary takes a token per letter, and begin and start take one each."""
+  room = ipi.get_config().policy.options.prompt_length
+  long = {name: n for name in tasks.names() if (n := len(WordTokenizer()(tasks.get(name).instruction)) + 2) > room}
+  assert not long, f"longer than {room} tokens: {long}; use words that the tokenizer has"
 
 
 @pytest.mark.parametrize("method", ipi.METHODS)

@@ -110,7 +110,7 @@ def _stages(target: rules.Point, d_goal: float, axes: str) -> tuple[Stage, ...]:
 PICK_CUBE = Task(
   name="pick_cube",
   env_id="PickCube-v1",
-  instruction="pick up the cube and bring it to the goal",
+  instruction="pick up the cube and move it to the goal",
   stages=_stages(rules.goal, d_goal=0.05, axes="xyz"),  # the goal floats in the air
   actors=Actors(object="cube", goal="goal_site"),
   expert=experts.scripted(pick_cube),
