@@ -15,8 +15,9 @@ from stare_jax.sims import pool
 def resolved(config: Any) -> Any:
   """The configuration with what it leaves to the task filled in: what a run does, and what its folder records.
 
-  `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon, `interaction.steps` = 0
-  the horizon, and `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
+  `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon,
+  `interaction.steps` = 0 the horizon, and `preference.buckets` = () the one bucket that holds every part of an episode
+  that is compared.
   """
   if config.task not in tasks.names():  # `check` says so
     return config

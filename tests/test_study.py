@@ -257,6 +257,7 @@ def test_results_are_written_from_what_is_there(tmp_path, quick):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_study_on_the_toy_simulator(tmp_path, toy_environment):
   """Through the front door; the second time nothing is run again."""
   command = [sys.executable, "-m", "stare_jax.study", "--config=configs/study.py", f"--workdir={tmp_path}/s",
