@@ -62,7 +62,8 @@ def collect(run: Run, params: Any) -> tuple[list[StagedEpisode], list[batching.P
   if processes.first():
     report.write_json(run.workdir / "data" / "preference" / "pairs.json", found)
   if not pairs:
-    raise ConfigError(f"no two of the {len(staged)} rollouts differ in any stage, so there is nothing to prefer: raise "
+    what = "differ in any stage" if c.pairs == "stage" else "of one start are a success and a failure"
+    raise ConfigError(f"no two of the {len(staged)} rollouts {what}, so there is nothing to prefer: raise "
                       f"preference.starts ({c.starts}), preference.samples ({c.samples}) or preference.temperature")
   return staged, pairs
 

@@ -81,7 +81,8 @@ class Cell:
 
   def last_words(self, lines: int = 5) -> str:
     path = self.folder / "log.txt"
-    return "\n".join(f"  {line}" for line in path.read_text(errors="replace").splitlines()[-lines:])
+    said = [line for line in path.read_text(errors="replace").splitlines() if any(c.isalpha() for c in line)]
+    return "\n".join(f"  {line}" for line in said[-lines:])
 
 
 def make(c: Any, workdir: pathlib.Path, base: Any) -> list[Cell]:

@@ -262,14 +262,14 @@ def test_a_study_on_the_toy_simulator(tmp_path, toy_environment):
   """Through the front door; the second time nothing is run again."""
   command = [sys.executable, "-m", "stare_jax.study", "--config=configs/study.py", f"--workdir={tmp_path}/s",
              "--jobs=2", "--threads=1", "--config.base=tests/toy_run.py", "--config.tasks=('pull_cube',)",
-             "--config.seeds=(0,)", "--config.methods=('sta_ppo','grape')",
+             "--config.seeds=(0,)", "--config.methods=('sta_ppo','sta_tpo')",
              "--config.interaction.iterations=2",
-             "--config.changes=('report.videos=0','preference.starts=4')"]
+             "--config.changes=('report.videos=0','preference.loss=window_tpo','preference.both_failed=True')"]
   for _ in range(2):
     done = subprocess.run(command, cwd=toy_run.ROOT, env=toy_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
   assert "3 cells, 3 of them finished before" in done.stderr and "started" not in done.stderr
   text = (tmp_path / "s" / "results.md").read_text()
-  assert "| sta_ppo | 1 |" in text and "| grape | 1 |" in text and "Not finished" not in text
-  rows = report.read_metrics(tmp_path / "s" / "pull_cube" / "grape" / "seed0" / "metrics.jsonl")
+  assert "| sta_ppo | 1 |" in text and "| sta_tpo | 1 |" in text and "Not finished" not in text
+  rows = report.read_metrics(tmp_path / "s" / "pull_cube" / "sta_tpo" / "seed0" / "metrics.jsonl")
   assert {row["phase"] for row in rows} == {"preference"} and "windows" in rows[-1]
