@@ -33,7 +33,7 @@ ESTIMATORS = {  # offset, success reward, discount, lambda
   "next step only": {"lam": 0.0},
   "long horizon": {"lam": 0.95, "discount": 0.98},
   "offset 1": {"offset": 1.0},
-  "success alone": {"shaping": False, "lam": 0.95, "discount": 0.98},
+  "success alone": {"reward": "success", "lam": 0.95, "discount": 0.98},
 }
 PARTS = {"all": "", "vision": "vision", "projector": "projector", "decoder": "llm/layers", "head": "llm/head"}
 SLICE = 400

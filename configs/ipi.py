@@ -3,13 +3,14 @@
   python -m stare_jax.main --config=configs/ipi.py                              # about half an hour on two cores
   python -m stare_jax.main --config=configs/ipi.py:smoke                        # the same path in minutes
   python -m stare_jax.main --config=configs/ipi.py:default,task=push_cube,seed=3 --config.interaction.hp.clip=0.1
+  python -m stare_jax.main --config=configs/ipi.py:default,method=sta_ppo      # a baseline or an ablation: METHODS
   python -m stare_jax.main --config=configs/ipi.py:openvla_7b_lora --config.policy.checkpoint=FOLDER   # one 80 GB GPU
   python -m stare_jax.main --config=configs/ipi.py:openvla_7b --config.policy.checkpoint=FOLDER        # a TPU pod
 """
 
 import ml_collections
 
-from stare_jax.config import parse_arg
+from stare_jax.config import ConfigError, parse_arg, suggest
 
 # What a preset changes, as dotted fields of the default below.
 PRESETS = {
@@ -54,6 +55,46 @@ PRESETS["openvla_7b_lora"] = SEVEN_B | {  # adapters on frozen bfloat16 weights,
   "interaction.optimiser.value_lr_scale": 30.0,
 }  # fmt: skip
 
+# What a method changes, after its preset. docs/method.md tells what each stands for and what it keeps of its source.
+SFT = {"phases": ("imitation",)}
+STA_TPO = {  # the paper's form: whole rollouts, stages of them where the one before was completed, their costs
+  "phases": ("imitation", "preference"), "preference.parts_before": 0, "preference.tail": 0,
+  "preference.both_failed": False, "preference.margin": 0.05, "preference.hp.cost_weight": 0.5,
+  "preference.hp.chosen_weight": 0.0,
+}  # fmt: skip
+TPO = STA_TPO | {"preference.loss": "tpo", "preference.pairs": "trajectory"}
+STA_PPO = {"phases": ("imitation", "interaction")}
+PPO = STA_PPO | {"interaction.reward": "success"}
+RL4VLA = STA_PPO | {
+  "interaction.reward": "levels", "interaction.stop_on_success": False, "interaction.steps": 0,
+  "interaction.bootstrap": False, "interaction.epochs": 1, "interaction.batch": 160, "interaction.temperature": 1.0,
+  "interaction.critic": "policy", "interaction.critic_warmup": 0, "interaction.target_kl": 0.0,
+  "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95, "interaction.hp.clip": 0.2,
+  "interaction.hp.value_clip": 0.2, "interaction.hp.huber_delta": 10.0, "interaction.hp.policy_weight": 7.0,
+  "interaction.hp.value_weight": 1.0, "interaction.hp.entropy_weight": 0.0, "interaction.hp.kl_weight": 0.0,
+  "interaction.hp.ratio": "action", "interaction.optimiser.value_lr_scale": 30.0,
+  "interaction.optimiser.clip_norm": 10.0,
+}  # fmt: skip
+METHODS = {
+  "ipi": {},  # the preset as it is: all three phases
+  "sft": SFT,
+  "tpo": TPO,
+  "grape": TPO | {
+    "preference.loss": "window_tpo", "preference.hp.beta": 0.1, "preference.samples": 6, "preference.samples_max": 11,
+  },
+  "sta_tpo": STA_TPO,
+  "ppo_clean": PPO,
+  "ppo_far": PPO | {"interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95},  # as far as a sparse reward asks
+  "rl4vla_faithful": RL4VLA,
+  "milestone_ppo": STA_PPO | {"interaction.reward": "milestones"},
+  "sta_ppo": STA_PPO,
+  # Ablations: of sta_tpo the first two, of sta_ppo the others.
+  "no_cost": STA_TPO | {"preference.hp.cost_weight": 0.0},
+  "no_gating": STA_TPO | {"preference.hp.gating": False},
+  "offset_0": STA_PPO | {"interaction.offset": 0.0, "interaction.success_reward": 2.0},  # that of three stages at 0.5
+  "no_potential": STA_PPO | {"interaction.reward": "stages"},
+}  # fmt: skip
+
 STARTS_FROM = dict(
   checkpoint="",  # a public OpenVLA folder; "": from scratch, or from init_from
   unnorm_key="",  # the data set of that folder whose action statistics count; "": the demonstrations' own
@@ -68,10 +109,38 @@ def change(c: ml_collections.ConfigDict, fields: dict) -> None:
   c.update_from_flattened_dict(fields)
 
 
+def interaction() -> dict:
+  """StA-PPO in the simulator."""
+  return dict(
+    iterations=140, steps=30,  # of every environment; 0: the horizon
+    epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
+    critic="state",  # "policy": a head on the policy's hidden state; "state": a network on the simulator's state
+    critic_hp=dict(epochs=16, learning_rate=1e-3),  # of "state"
+    critic_warmup=2,  # iterations that fit the critic alone
+    target_kl=0.01,  # nats per action, mean over an epoch's minibatches; stops epochs, adapts the learning rate
+    reward="potential",  # stare_jax/pipeline_rewards.py lists them
+    terminal="zero",
+    stop_on_success=True,  # False: episodes of a fixed length, for a reward that goes on after the first success
+    bootstrap=True,  # False: nothing is worth anything after the time limit
+    offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
+    success_reward=0.0,  # 0: K * offset + 0.5, more than any potential that success ends
+    optimiser=dict(
+      learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
+    ),
+    hp=dict(
+      discount=0.95, lam=0.7, clip=0.2, value_clip=None, huber_delta=None, policy_weight=1.0, value_weight=0.5,
+      entropy_weight=0.0, kl_weight=0.0, ratio="action",
+    ),
+  )  # fmt: skip
+
+
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  preset, chosen = parse_arg(arg, PRESETS, task="pull_cube", seed=0)
+  preset, chosen = parse_arg(arg, PRESETS, method="ipi", task="pull_cube", seed=0)
+  method = chosen["method"]
+  if method not in METHODS:
+    raise ConfigError(f'unknown method "{method}": {suggest(method, tuple(METHODS))}')
   c = ml_collections.ConfigDict()
-  c.preset, c.task, c.seed = preset, chosen["task"], chosen["seed"]
+  c.preset, c.method, c.task, c.seed = preset, method, chosen["task"], chosen["seed"]
   c.phases = ("imitation", "preference", "interaction")
   c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: the remaining devices
 
@@ -95,36 +164,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   # StA-TPO on pairs of the policy's own rollouts that begin alike.
   c.preference = dict(
     loss="stage_tpo", starts=160, samples=8, temperature=1.0, pairs_per_start=8, margin=0.1,
+    samples_max=0,  # a start without any pair gets more samples, up to so many; 0: no more than `samples`
+    pairs="stage",  # or "trajectory": successes against failures of the same start
     parts_before=20,  # the samples of a start part at a step drawn up to here; 0: at its beginning
     tail=8,  # steps after they part; 0: to the horizon
     both_failed=True,  # two that have not completed a stage are compared by its cost
     updates=60, batch=32, micro_batch=256, buckets=(), checkpoint_every=20,  # no buckets: one, of the tail's length
     optimiser=dict(learning_rate=1e-4, schedule="cosine", warmup_steps=5, weight_decay=0.0, clip_norm=1.0),
-    hp=dict(beta=2.0, cost_weight=0.0, chosen_weight=0.0),
+    hp=dict(beta=2.0, cost_weight=0.0, chosen_weight=0.0, gating=True),
   )  # fmt: skip
 
-  # StA-PPO in the simulator.
-  c.interaction = dict(
-    iterations=140, steps=30, epochs=1, batch=240, micro_batches=1, temperature=1.0, checkpoint_every=5,
-    critic="state",  # "policy": a head on the policy's hidden state; "state": a network on the simulator's state
-    critic_hp=dict(epochs=16, learning_rate=1e-3),  # of "state"
-    critic_warmup=2,  # iterations that fit the critic alone
-    target_kl=0.01,  # nats per action, mean over an epoch's minibatches; stops epochs, adapts the learning rate
-    shaping=True, terminal="zero",
-    offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
-    success_reward=0.0,  # 0: K * offset + 0.5, more than any potential that success ends
-    optimiser=dict(
-      learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
-    ),
-    hp=dict(
-      discount=0.95, lam=0.7, clip=0.2, value_clip=None, value_weight=0.5, entropy_weight=0.0, kl_weight=0.0,
-      ratio="action",
-    ),
-  )  # fmt: skip
-
+  c.interaction = interaction()
   c.evaluation = dict(episodes=128, temperature=1.0, seed=1_000_000)  # 1: as it acts in training; 0: argmax
   c.checkpoint = dict(keep=2)
   c.report = dict(videos=4)
   change(c, dict(PRESETS[preset]))
+  change(c, dict(METHODS[method]))
   c.lock()
   return c

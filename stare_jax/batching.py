@@ -7,6 +7,7 @@ worse at placing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,8 @@ def pair(
   *,
   margin: float,
   both_failed: bool = False,
+  by: str = "stage",
+  gating: bool = True,
   cap: int | None = None,
   rng: np.random.Generator | None = None,
 ) -> list[Pair]:
@@ -86,10 +89,16 @@ def pair(
 
   Args:
     margin: unitless, like the costs; >= 0.
+    by: "stage", or "trajectory": a success against a failure of the same start and nothing else, which says something
+      of the whole trajectories alone (`Pair.overall`, kept as the sign of the last stage).
+    gating: False (an ablation) does without the stages before k: who completed k is better than who did not even reach
+      it, where at least one of them has steps in k.
     cap: at most so many pairs per start, drawn with `rng`.
   """
   if not margin >= 0:
     raise ValueError(f"margin is {margin}, expected a number >= 0 in units of the stage cost")
+  if by not in ("stage", "trajectory"):
+    raise ValueError(f'by is {by!r}, expected "stage" or "trajectory"')
   if cap is not None and (cap < 1 or rng is None):
     raise ValueError(
       f"cap is {cap} and rng is {rng}; a cap must be at least 1 and needs a numpy Generator to draw with"
@@ -97,7 +106,8 @@ def pair(
   pairs = []
   for members in _starts(staged):
     i, j = (np.array(side) for side in np.triu_indices(len(members), k=1))
-    sign = _signs([staged[m] for m in members], i, j, margin, both_failed)
+    items = [staged[m] for m in members]
+    sign = _signs(items, i, j, margin, both_failed, gating) if by == "stage" else _outcomes(items, i, j)
     keep = np.flatnonzero(sign.any(axis=1))
     if cap is not None and rng is not None and len(keep) > cap:
       keep = np.sort(rng.choice(keep, size=cap, replace=False))
@@ -122,14 +132,16 @@ def _starts(staged: Sequence[StagedEpisode]) -> list[list[int]]:
 
 
 def _signs(
-  items: Sequence[StagedEpisode], i: np.ndarray, j: np.ndarray, margin: float, both_failed: bool
+  items: Sequence[StagedEpisode], i: np.ndarray, j: np.ndarray, margin: float, both_failed: bool, gating: bool
 ) -> np.ndarray:
   """int8[P, K] for the pairs (i[p], j[p]) of `items`."""
   completed = np.stack([item.completed for item in items])
   cost = np.stack([item.cost for item in items])
   reached = np.concatenate([np.ones_like(completed[:, :1]), completed[:, :-1]], axis=1).cumprod(axis=1).astype(bool)
-  exists = (reached & np.isfinite(cost))[i] & (reached & np.isfinite(cost))[j]
-  gap = np.where(exists, cost[j] - cost[i], 0.0)  # positive: i was cheaper
+  has_steps = np.isfinite(cost)
+  both = (reached & has_steps)[i] & (reached & has_steps)[j]
+  exists = both if gating else has_steps[i] | has_steps[j]
+  gap = np.where(both, cost[j] - cost[i], 0.0)  # positive: i was cheaper
   by_cost = np.where(np.abs(gap) > margin, np.sign(gap), 0)
   by_completion = completed[i].astype(np.int8) - completed[j]
   neither = ~(completed[i] | completed[j])
@@ -137,11 +149,19 @@ def _signs(
   return np.where(exists & (both_failed | ~neither), sign, 0).astype(np.int8)
 
 
+def _outcomes(items: Sequence[StagedEpisode], i: np.ndarray, j: np.ndarray) -> np.ndarray:
+  """int8[P, K]: success against failure, in the column of the last stage."""
+  success = np.array([item.completed[-1] for item in items], np.int8)
+  sign = np.zeros((len(i), len(items[0].cost)), np.int8)
+  sign[:, -1] = success[i] - success[j]
+  return sign
+
+
 def pair_statistics(staged: Sequence[StagedEpisode], pairs: Sequence[Pair]) -> dict[str, Any]:
   """What the pairs are made of: how many starts and pairs, and per stage how each pair was decided.
 
   Returns: {"episodes", "starts", "starts_paired", "pairs": int, "stage_pairs", "by_completion", "by_cost":
-    [K] ints},
+    [K] ints, "stage_starts": [K] ints, starts with a pair in the stage, "starts_by_rollouts": {rollouts: starts}},
   with stage_pairs = by_completion + by_cost.
   """
   stages = len(staged[0].cost) if staged else 0
@@ -154,14 +174,17 @@ def pair_statistics(staged: Sequence[StagedEpisode], pairs: Sequence[Pair]) -> d
     staged[index].episode.instruction,
     staged[index].episode.seed,
   )
+  rollouts = Counter(start(index) for index in range(len(staged)))
   return {
     "episodes": len(staged),
-    "starts": len({start(index) for index in range(len(staged))}),
+    "starts": len(rollouts),
     "starts_paired": len({start(p.first) for p in pairs}),
     "pairs": len(pairs),
     "stage_pairs": np.count_nonzero(sign, axis=0).tolist(),
     "by_completion": np.count_nonzero(one, axis=0).tolist(),
     "by_cost": np.count_nonzero((sign != 0) & ~one, axis=0).tolist(),
+    "stage_starts": [len({start(p.first) for p in pairs if p.sign[k]}) for k in range(stages)],
+    "starts_by_rollouts": {str(n): count for n, count in sorted(Counter(rollouts.values()).items())},
   }
 
 

@@ -17,7 +17,9 @@ POSITIVE = (
   "interaction.steps", "interaction.epochs", "interaction.batch", "interaction.checkpoint_every", "evaluation.episodes",
 )  # fmt: skip
 CHOICES = {
-  "interaction.critic": ("state", "policy"), "interaction.terminal": ("zero", "keep"),
+  "preference.pairs": ("stage", "trajectory"), "interaction.critic": ("state", "policy"),
+  "interaction.terminal": ("zero", "keep"),
+  "interaction.reward": ("potential", "stages", "success", "milestones", "levels"),
   "interaction.hp.ratio": ("action", "token"), "imitation.optimiser.schedule": ("constant", "cosine"),
   "preference.optimiser.schedule": ("constant", "cosine"),
 }  # fmt: skip
@@ -88,6 +90,42 @@ def _validate_policy(c: Any) -> None:
                       f"trained) and an alpha of more than 0, such as rank=32, alpha=16")
 
 
+def _validate_preference(c: Any) -> None:
+  p = c.preference
+  if p.samples < 2:
+    raise ConfigError(f"preference.samples = {p.samples}: a pair needs at least 2 rollouts of one start")
+  if p.samples_max and p.samples_max < p.samples:
+    raise ConfigError(f"preference.samples_max = {p.samples_max} is less than preference.samples = {p.samples}, with "
+                      f"which every start begins: choose {p.samples} or more, or 0 for no more than those")  # fmt: skip
+  for field in ("parts_before", "tail"):
+    if not 0 <= p[field] <= c.sim.horizon:
+      raise ConfigError(f"preference.{field} = {p[field]}: expected 0 to sim.horizon = {c.sim.horizon}")
+  name, longest = ("preference.tail", p.tail) if p.tail else ("sim.horizon", c.sim.horizon)
+  if max(p.buckets) < longest:
+    raise ConfigError(f"preference.buckets = {tuple(p.buckets)} hold no episode of {name} = {longest} "
+                      f"steps: add a bucket of {longest}")
+  if p.loss == "window_tpo" and min(p.buckets) < 8:
+    raise ConfigError(f'preference.loss = "window_tpo" compares windows of 8 steps, and preference.buckets = '
+                      f"{tuple(p.buckets)} hold fewer: raise preference.tail (now {p.tail}), or leave it 0")
+  if p.loss == "stage_tpo" and p.pairs == "trajectory":
+    raise ConfigError('preference.loss = "stage_tpo" and preference.pairs = "trajectory": a success against a failure '
+                      'says nothing of their stages; choose pairs = "stage", or the loss "tpo" or "window_tpo"')
+  if p.loss != "stage_tpo" and not p.hp.gating:
+    raise ConfigError(f'preference.hp.gating = False and preference.loss = "{p.loss}": only "stage_tpo" compares '
+                      f"stages, so that there is something to gate")
+
+
+def _validate_rewards(c: Any) -> None:
+  i = c.interaction
+  if not i.stop_on_success and i.reward != "levels":
+    raise ConfigError(f'interaction.stop_on_success = False and interaction.reward = "{i.reward}", which is paid where '
+                      f'an episode ends by success: choose the reward "levels", or stop_on_success = True')
+  if not i.bootstrap and (i.stop_on_success or i.steps % c.sim.horizon):
+    raise ConfigError(f"interaction.bootstrap = False wants episodes that all end at the time limit: set "
+                      f"stop_on_success = False (now {i.stop_on_success}) and interaction.steps = 0 or a multiple of "
+                      f"sim.horizon = {c.sim.horizon} (now {i.steps})")
+
+
 def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   """Cross-field checks. Raises ConfigError."""
   if c.task not in task_names():
@@ -121,15 +159,10 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
       raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} "
                         f"updates to a cosine schedule: choose fewer than {total}")
   _validate_policy(c)
-  if c.preference.samples < 2 and "preference" in c.phases:
-    raise ConfigError(f"preference.samples = {c.preference.samples}: a pair needs at least 2 rollouts of one start")
-  for field in ("parts_before", "tail"):
-    if "preference" in c.phases and not 0 <= c.preference[field] <= c.sim.horizon:
-      raise ConfigError(f"preference.{field} = {c.preference[field]}: expected 0 to sim.horizon = {c.sim.horizon}")
-  name, longest = ("preference.tail", c.preference.tail) if c.preference.tail else ("sim.horizon", c.sim.horizon)
-  if "preference" in c.phases and max(c.preference.buckets) < longest:
-    raise ConfigError(f"preference.buckets = {tuple(c.preference.buckets)} hold no episode of {name} = {longest} "
-                      f"steps: add a bucket of {longest}")
+  if "preference" in c.phases:
+    _validate_preference(c)
+  if "interaction" in c.phases:
+    _validate_rewards(c)
   for phase in ("preference", "interaction"):  # what acts at 0 has no log-probabilities to learn from
     if not c[phase].temperature > 0:
       raise ConfigError(f"{phase}.temperature = {c[phase].temperature}: expected more than 0, such as 1.0")

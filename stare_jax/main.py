@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int | None:
   if CONFIG.value is None:
     fail("--config is missing; the main job is --config=configs/ipi.py")
   config = CONFIG.value
-  workdir = WORKDIR.value or os.path.join("runs", f"{config.task}-{config.preset}-seed{config.seed}")
+  workdir = WORKDIR.value or os.path.join("runs", run_name(config))
   stopping: list[int] = []
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda got, frame: stopping.append(got))
@@ -100,6 +100,12 @@ def main(argv: list[str]) -> int | None:
   else:
     print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
           f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
+
+
+def run_name(config: Any) -> str:
+  """<task>-<preset>-seed<seed>, with the method before the preset where it is not all of IPI."""
+  method = config.get("method", "ipi")
+  return "-".join([config.task, *[method] * (method != "ipi"), config.preset, f"seed{config.seed}"])
 
 
 def wrong_processes(address: str, count: int | None, index: int | None) -> str:

@@ -26,6 +26,7 @@ from stare_jax import (
   checkpoint,
   dataset,
   evaluate,
+  pipeline_pairs,
   pipeline_together,
   pipeline_updates,
   policies,
@@ -38,7 +39,7 @@ from stare_jax import (
   train,
 )
 from stare_jax.config import PHASES, ConfigError
-from stare_jax.episode import Episode, StagedEpisode
+from stare_jax.episode import Episode
 from stare_jax.pipeline_check import check
 from stare_jax.pipeline_interaction import interaction
 from stare_jax.pipeline_run import (
@@ -47,7 +48,6 @@ from stare_jax.pipeline_run import (
   checkpoint_dir,
   gather,
   minibatch,
-  predecessor,
   read_statistics,
   starting_folder,
   starting_params,
@@ -101,53 +101,19 @@ def imitation(run: Run) -> Any:
   return state.params
 
 
-def parted(whole: list[StagedEpisode], starts: list[Start]) -> list[StagedEpisode]:
-  """What is left of each episode where its sample parts from the others of the start; nothing of one that ended before.
-
-  On some devices a token may turn with the place of a row in its batch. A sample that did not reach the state of the
-  start's first one is left out: it is no pair's other half.
-  """
-  state: dict[int, np.ndarray] = {}
-  kept, lost = [], 0
-  for item, start in zip(whole, starts, strict=True):
-    if len(item.episode) > start.parts_at:
-      item = stages.after(item, start.parts_at) if start.parts_at else item
-      here = item.episode.signals[0]
-      same = start.parts_at == 0 or np.array_equal(state.setdefault(start.seed, here), here)
-      kept, lost = kept + [item] * same, lost + (not same)
-  if lost:
-    log.warning("preference: %d of %d samples left the common path before they should part; left out", lost, len(whole))
-  return kept
-
-
 def preference(run: Run) -> Any:
-  """StA-TPO on same-start pairs of the starting policy's own rollouts (METHOD: Preference).
+  """TPO or StA-TPO on same-start pairs of the starting policy's own rollouts (METHOD: Preference).
 
   The starting policy is the reference, and what it recorded while it acted are the reference log-probabilities.
   """
   c = run.config.preference
   params = starting_params(run, "preference")
-  rng = np.random.default_rng([run.config.seed, *b"parts"])
-  parts = zip(run.seeds("preference", c.starts), rng.integers(0, c.parts_before + 1, c.starts))
-  starts = [Start(seed, sample, int(part)) for seed, part in parts for sample in range(c.samples)]
-  fields = {k: v for k, v in run.identity("preference").items() if not k.startswith("preference.")}
-  fields |= {name: c[name] for name in ("starts", "samples", "temperature", "parts_before", "tail")}
-  fields |= {"starts_from": predecessor(run, "preference"), "base": run.base.digest}
-  actor = functools.partial(run.actor, params, "preference", c.temperature)
-  whole = stages.annotate(run.task, gather(run, "preference", starts, actor, fields, tail=c.tail or None))
-  staged = parted(whole, starts)
-  rng = np.random.default_rng([run.config.seed, *b"pairs"])
-  pairs = batching.pair(staged, margin=c.margin, both_failed=c.both_failed, cap=c.pairs_per_start, rng=rng)
-  if processes.first():
-    report.write_json(run.workdir / "data" / "preference" / "pairs.json", batching.pair_statistics(staged, pairs))
-  if not pairs:
-    raise ConfigError(f"no two of the {len(staged)} rollouts differ in any stage, so there is nothing to prefer: raise "
-                      f"preference.starts ({c.starts}), preference.samples ({c.samples}) or preference.temperature")
+  staged, pairs = pipeline_pairs.collect(run, params)
   reference = [item.episode.log_prob for item in staged]
   tx, update = pipeline_updates.preference(run.policy, c, run.mesh, run.param_axes)
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
   state = train.new_state(params, tx, **trained)
-  del params, actor  # the state has its own
+  del params  # the state has its own
 
   def advance(state, i):
     rows = minibatch(len(pairs), c.batch, i, run.config.seed)

@@ -41,7 +41,10 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   """
   config = resolved(config)
   validate(config, tasks.names)
-  tasks.get(config.task)
+  names = [stage.name for stage in tasks.get(config.task).stages]
+  if config.interaction.reward == "levels" and "interaction" in config.phases and "Grasp" not in names:
+    raise ConfigError(f'interaction.reward = "levels" (of the method rl4vla_faithful) pays for grasping, and '
+                      f"{config.task} goes {' -> '.join(names)}: choose a task with a Grasp stage, or another reward")
   check_simulator(config)
   for phase in ("imitation", "preference"):
     if (name := config[phase].loss) not in losses.names(phase):

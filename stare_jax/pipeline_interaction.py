@@ -14,6 +14,7 @@ import numpy as np
 from stare_jax import pipeline_together, pipeline_updates, stages, train, train_critic
 from stare_jax.episode import SIGNAL_SIZE, StagedEpisode, unpack_signals
 from stare_jax.losses import ops, ppo
+from stare_jax.pipeline_rewards import raw, rewards
 from stare_jax.pipeline_run import Run, advance_until, starting_params, step
 from stare_jax.rollout import Start
 
@@ -35,7 +36,7 @@ def interaction(run: Run) -> Any:
 
   def advance(state, i):
     began = time.monotonic()
-    collector = run.collector(run.actor(state.params, "interaction", c.temperature))
+    collector = run.collector(run.actor(state.params, "interaction", c.temperature), stop_on_success=c.stop_on_success)
     start_of = lambda env, j: Start(first + (i * n + env) * c.steps + j)
     rows = pipeline_together.rows(collector, start_of, c.steps)
     del collector  # with its actor's copy of the parameters, which an update has no room for
@@ -137,17 +138,6 @@ def with_success_reward(c: Any, num_stages: int) -> Any:
   return c
 
 
-def rewards(item: StagedEpisode, c: Any) -> np.ndarray:
-  """float32[T]: r, the success reward on the last step of a success, or with shaping r' (Eq. Shape)."""
-  episode = item.episode
-  reward = np.zeros(len(episode), np.float32)
-  reward[-1] = c.success_reward * episode.terminated
-  if not c.shaping:
-    return reward
-  done = np.array(episode.terminated)
-  return stages.shaped_reward(reward, item.potential, done, discount=c.hp.discount, terminal=c.terminal)
-
-
 def advantages(rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, np.ndarray]:
   """GAE over rows of episodes -> flat arrays of N * T steps; the advantage is standardised over all of them."""
   grid = {"reward": [], "value": [], "next_value": [], "terminated": [], "truncated": []}
@@ -159,8 +149,9 @@ def advantages(rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, np.
       parts["reward"].append(rewards(item, c))
       parts["value"].append(episode.value)
       parts["next_value"].append(np.append(episode.value[1:], np.float32(episode.last_value)))
-      parts["terminated"].append(last & episode.terminated)
-      parts["truncated"].append(last & (not episode.terminated))
+      ends = episode.terminated or not c.bootstrap
+      parts["terminated"].append(last & ends)
+      parts["truncated"].append(last & (not ends))
     for name in grid:
       grid[name].append(np.concatenate(parts[name]))
   arrays = {name: np.stack(rows_) for name, rows_ in grid.items()}
@@ -222,9 +213,9 @@ def rollout_metrics(run: Run, rows: Sequence[Sequence[StagedEpisode]], c: Any) -
   rates = (completed & before).sum(0) / np.maximum(before.sum(0), 1)
   discounted = lambda reward: float(reward @ c.hp.discount ** np.arange(len(reward)))
   shaped = [discounted(rewards(item, c)) for item in ended]
-  raw = [c.success_reward * c.hp.discount ** (len(item.episode) - 1) * item.episode.terminated for item in ended]
   return {
-    "episodes": float(len(ended)), "success": float(completed[:, -1].mean()), "return_raw": float(np.mean(raw)),
+    "episodes": float(len(ended)), "success": float(completed[:, -1].mean()),
+    "return_raw": float(np.mean([discounted(raw(item, c)) for item in ended])),
     "return_shaped": float(np.mean(shaped)), "length": float(np.mean([len(x.episode) for x in ended])),
     **{f"stage_{k + 1}": float(rate) for k, rate in enumerate(rates)},
   }  # fmt: skip

@@ -38,7 +38,7 @@ from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
 log = logging.getLogger("stare_jax")
 IDENTITY_SKIPS = (
-  "phases", "preset", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers", "sim.python",
+  "phases", "preset", "method", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers", "sim.python",
   "imitation.checkpoint_every", "preference.checkpoint_every", "interaction.checkpoint_every", "interaction.iterations",
 )  # fmt: skip
 CHUNK = 64  # episodes per file of a growing data set: what a kill during collection can cost

@@ -53,6 +53,9 @@ def imitation_loss(policy: policies.Policy, c: Any) -> Callable:
 # How each preference kernel is called: (log_ratio, batch, preference.hp) -> (loss, metrics).
 PREFERENCE_LOSSES: dict[str, Callable[[jax.Array, train.PreferenceBatch, Any], tuple]] = {
   "tpo": lambda log_ratio, batch, hp: losses.get("tpo")(log_ratio, batch.valid, batch.pairs["overall"], beta=hp.beta),
+  "window_tpo": lambda log_ratio, batch, hp: losses.get("window_tpo")(
+    log_ratio, batch.valid, batch.pairs["overall"], beta=hp.beta
+  ),
   "stage_tpo": lambda log_ratio, batch, hp: losses.get("stage_tpo")(
     log_ratio, batch.pairs["stage_id"], batch.pairs["cost"], batch.pairs["sign"], **hp
   ),

@@ -120,6 +120,7 @@ def curve(
   full: bool = True,
   wide: bool = False,
   note: str = "",
+  bands: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> str:
   """One small multiple.
 
@@ -129,10 +130,12 @@ def curve(
     rate: values are proportions, shown in percent; with `full` the axis is 0 to 100 %.
     wide: take two columns where there are some.
     note: a short explanation under the title.
+    bands: name of a series -> (low, high), float[n] each, drawn behind it; lines are then shown as they are.
   """
   names, colours = list(series), [colour for _, colour in series.values()]
+  series_x = x
   x, values = thin(x, [np.asarray(v, float) for v, _ in series.values()])
-  window = len(x) // 15
+  window = 0 if bands else len(x) // 15
   lines = [smooth(v, window) if window >= 3 else v for v in values]
   shown = np.concatenate([v[np.isfinite(v)] for v in values])
   low, high = _range(shown)
@@ -142,6 +145,11 @@ def curve(
   to_y = lambda v: HEIGHT - (np.clip(v, low, high) - low) / (high - low) * HEIGHT
 
   svg = [f'<path class="grid" d="M0 {to_y(t):.1f}H{WIDTH:.0f}"/>' for t in ticks]
+  for name, limits in (bands or {}).items():
+    below, above = (to_y(np.asarray(side, float)) for side in thin(series_x, limits)[1])
+    known = np.isfinite(below) & np.isfinite(above)
+    outline = path(np.r_[to_x(x)[known], to_x(x)[known][::-1]], np.r_[below[known], above[known][::-1]])
+    svg.append(f'<path style="fill:{series[name][1]};fill-opacity:.15;stroke:none" d="{outline}"/>')
   for v, line, colour in zip(values, lines, colours, strict=True):
     if window >= 3:
       svg.append(f'<path class="raw" style="stroke:{colour}" d="{path(to_x(x), to_y(v))}"/>')

@@ -97,10 +97,14 @@ def _pairs(run: Run) -> str:
     f'<tr><th scope="row"><i class="swatch" style="background:var(--stage-{k + 1})"></i>{esc(name)}</th>'
     + "".join(f"<td>{number(p[key][k])}</td>" for key in PAIR_KEYS) + "</tr>" for k, name in enumerate(names)
   )
+  rollouts = p.get("starts_by_rollouts") or {}
+  spread = ", ".join(f"{number(starts)} with {n}" for n, starts in rollouts.items())
+  spread = f" Starts by their number of rollouts: {spread}." if len(rollouts) > 1 else ""
   return (
     '<div class="card figures"><h3>Pairs</h3>'
     f'<p class="note">{number(p["pairs"])} pairs of episodes with the same start, from {number(p["episodes"])} '
-    f'episodes over {number(p["starts"])} starts; a pair says something about stages that both episodes reached.</p>'
+    f'episodes over {number(p["starts"])} starts; a pair says something about stages that both episodes reached.'
+    f"{spread}</p>"
     '<table class="plain"><thead><tr><th scope="col"></th><th scope="col">pairs</th>'
     f'<th scope="col">by completion</th><th scope="col">by cost</th></tr></thead><tbody>{rows}</tbody></table></div>'
   )

@@ -118,7 +118,8 @@ def make(workdir: pathlib.Path, phases: tuple[str, ...] = report.PHASES, videos:
       sample(workdir, phase, 1, False)
   if "preference" in phases:
     report.write_json(workdir / "data" / "preference" / "pairs.json", {
-      "episodes": 256, "starts": 64, "starts_paired": 51, "pairs": 180, "stage_pairs": [160, 120, 90, 61],
+      "episodes": 256, "starts": 64, "starts_paired": 51,
+      "starts_by_rollouts": {"4": 60, "7": 4}, "pairs": 180, "stage_pairs": [160, 120, 90, 61],
       "by_completion": [20, 70, 40, 41], "by_cost": [140, 50, 50, 20]})
   config = {"task": "place_sphere", "preset": "default", "seed": 0, "sim": {"num_envs": 8, "image_size": 64},
             "policy": {"name": "openvla", "size": "tiny"}, "phases": list(phases)}

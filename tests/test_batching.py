@@ -135,7 +135,63 @@ def test_the_cap_draws_the_same_pairs_from_every_start_each_time():
   assert drawn(999, 0) == every
 
 
+# METHOD's rules on trajectories made by hand: K = 3 stages, cost per stage, NaN where it was not reached.
+REACHED_2 = staged_episode(0, 1, [0.2, 0.6, np.nan], index=0)  # completed Reach, was lost in stage 2
+REACHED_3 = staged_episode(0, 2, [0.3, 0.4, 0.5], index=1)  # was lost in the last stage
+NEVER = staged_episode(0, 0, [0.9, np.nan, np.nan], index=2)  # was lost in the first
+CHEAP, DEAR = (staged_episode(0, 3, cost, index=3 + i) for i, cost in enumerate(([0.3, 0.4, 0.2], [0.3, 0.3, 0.4])))
+HAND_MADE = {
+  "one got further: it is better where the other stopped, nothing is said after": (REACHED_3, REACHED_2, [-1, 1, 0]),
+  "one failed at once: only the first stage can be compared": (NEVER, REACHED_3, [-1, 0, 0]),
+  "completion beats cost": (DEAR, staged_episode(0, 2, [0.3, 0.3, 0.1], index=5), [0, 0, 1]),
+  "both succeeded, one cheaper, and in another stage the other": (CHEAP, DEAR, [0, -1, 1]),
+  "both succeeded alike": (CHEAP, staged_episode(0, 3, [0.3, 0.4, 0.22], index=6), None),
+  "both failed in the same stage": (NEVER, staged_episode(0, 0, [0.5, np.nan, np.nan], index=7), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HAND_MADE)
+def test_pairs_of_trajectories_made_by_hand(what):
+  first, second, sign = HAND_MADE[what]
+  found = batching.pair([first, second], margin=0.05)
+  assert [pair.sign.tolist() for pair in found] == ([sign] if sign else [])
+
+
+def test_both_failed_are_compared_where_asked_for():
+  (pair,) = batching.pair([NEVER, staged_episode(0, 0, [0.5, *[np.nan] * 2])], margin=0.05, both_failed=True)
+  assert pair.sign.tolist() == [-1, 0, 0]
+
+
+def test_pairs_by_trajectory_are_successes_against_failures():
+  staged = [CHEAP, REACHED_3, DEAR, NEVER, staged_episode(1, 3, [0.1] * 3), staged_episode(1, 3, [0.9] * 3, index=9)]
+  pairs = batching.pair(staged, margin=0.0, by="trajectory")
+  assert {(p.first, p.second): p.overall for p in pairs} == {(0, 1): 1, (0, 3): 1, (1, 2): -1, (2, 3): 1}
+  assert all(p.sign.tolist() == [0, 0, p.overall] for p in pairs)
+  found = batching.pair_statistics(staged, pairs)
+  assert found["by_completion"] == [0, 0, 4] and found["by_cost"] == [0, 0, 0] and found["starts_paired"] == 1
+  reference = [item.episode.log_prob for item in staged]
+  batch = batching.pad_pairs(staged, pairs, reference, buckets=(4,))
+  assert batch.overall.tolist() == [p.overall for p in pairs] and np.isfinite(batch.cost).all()
+
+
+def test_without_gating_who_completed_a_stage_is_better_than_who_never_reached_it():
+  (pair,) = batching.pair([NEVER, REACHED_3], margin=0.0, gating=False)
+  assert pair.sign.tolist() == [-1, -1, 0]  # stage 3 neither completed
+  (pair,) = batching.pair([CHEAP, DEAR], margin=0.05, gating=False)
+  assert pair.sign.tolist() == [0, -1, 1]  # where both were there, nothing changes
+
+
+def test_statistics_of_starts():
+  alike = [staged_episode(1, 3, [0.1] * 3, index=i) for i in range(3)]
+  staged = [CHEAP, REACHED_3, *alike, staged_episode(2, 0, [0.1] * 3)]
+  found = batching.pair_statistics(staged, batching.pair(staged, margin=0.0))
+  assert found["starts_by_rollouts"] == {"1": 1, "2": 1, "3": 1} and found["starts_paired"] == 1
+  assert found["stage_starts"] == [int(n > 0) for n in found["stage_pairs"]]
+
+
 def test_pairing_is_loud():
+  with pytest.raises(ValueError, match="by is 'step'"):
+    batching.pair([], margin=0, by="step")
   with pytest.raises(ValueError, match="margin is -1"):
     batching.pair([], margin=-1)
   with pytest.raises(ValueError, match="margin is nan"):

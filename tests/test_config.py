@@ -7,7 +7,8 @@ import pytest
 from configs import ipi
 from stare_jax import tasks
 from stare_jax.config import ConfigError, parse_arg, suggest, validate
-from stare_jax.pipeline_check import resolved
+from stare_jax.pipeline_check import check, resolved
+from stare_jax.policies.tokenizer import WordTokenizer
 from tests import toy_run
 
 
@@ -50,6 +51,45 @@ def test_every_preset_is_valid_for_every_task(preset, task):
   longest = config.preference.tail or config.sim.horizon
   assert config.sim.horizon == tasks.get(task).horizon and config.preference.buckets == (longest,)
   assert config.is_locked
+
+
+def test_the_default_policy_reads_every_instruction():
+  """A word outside its vocabulary takes a token per letter, and begin and start take one each."""
+  room = ipi.get_config().policy.options.prompt_length
+  long = {name: n for name in tasks.names() if (n := len(WordTokenizer()(tasks.get(name).instruction)) + 2) > room}
+  assert not long, f"longer than {room} tokens: {long}; use words that the tokenizer has"
+
+
+@pytest.mark.parametrize("method", ipi.METHODS)
+@pytest.mark.parametrize("preset", [preset for preset in ipi.PRESETS if preset != "smoke"])
+def test_every_method_is_valid_with_every_preset(preset, method, tmp_path):
+  config = ipi.get_config(f"{preset},task=pick_cube,method={method}")
+  check(config, tmp_path)
+  assert config.method == method and config.preset == preset and config.phases[0] == "imitation"
+  whole = ipi.get_config(f"{preset},task=pick_cube")
+  same = [config[name].to_dict() == whole[name].to_dict() for name in ("sim", "policy", "imitation", "evaluation")]
+  assert all(same)  # the start that methods share is the same, and so is how they are judged
+
+
+def test_methods_differ_from_each_other():
+  flat = {method: ipi.get_config(f"default,method={method}").to_json() for method in ipi.METHODS}
+  assert len({text.replace(f'"method": "{method}"', "") for method, text in flat.items()}) == len(flat)
+
+
+def test_an_ablation_changes_one_thing():
+  for of, names in {"sta_tpo": ("no_cost", "no_gating"), "sta_ppo": ("no_potential",)}.items():
+    for name in names:
+      assert len(set(ipi.METHODS[name].items()) - set(ipi.METHODS[of].items())) == 1
+
+
+def test_an_unknown_method_names_the_nearest():
+  with pytest.raises(ConfigError, match='unknown method "sta_pp".*"sta_ppo"'):
+    ipi.get_config("smoke,method=sta_pp")
+
+
+def test_rl4vla_wants_a_task_with_a_grasp(tmp_path):
+  with pytest.raises(ConfigError, match="rl4vla_faithful.*pull_cube goes Reach -> Pull"):
+    check(ipi.get_config("method=rl4vla_faithful"), tmp_path)
 
 
 def test_what_the_user_says_about_the_horizon_stands():
@@ -95,6 +135,13 @@ def test_frames_of_any_size_suit_a_checkpoint():
   (dict(preference__tail=13), ("preference.tail = 13", "0 to sim.horizon = 12")),
   (dict(preference__parts_before=-1), ("preference.parts_before = -1",)),
   (dict(preference__temperature=0.0), ("preference.temperature = 0.0",)),
+  (dict(preference__samples_max=1), ("preference.samples_max = 1", "preference.samples = 2")),
+  (dict(preference__pairs="trajectory"), ("stage_tpo", "trajectory", "window_tpo")),
+  (dict(preference__loss="window_tpo", preference__buckets=(6, 12)), ("window_tpo", "(6, 12)", "preference.tail")),
+  (dict(preference__loss="tpo", preference__hp__gating=False), ("preference.hp.gating = False", '"tpo"')),
+  (dict(interaction__reward="level"), ("interaction.reward", '"levels"')),
+  (dict(interaction__stop_on_success=False), ("interaction.stop_on_success = False", '"levels"')),
+  (dict(interaction__bootstrap=False), ("interaction.bootstrap = False", "sim.horizon = 12")),
   (dict(interaction__hp__discount=1.5), ("interaction.hp.discount = 1.5", "0 to 1")),
 ])  # fmt: skip
 def test_a_configuration_that_cannot_run_says_what_to_write(changes, words):

@@ -146,15 +146,17 @@ def steps(seed: int) -> dict[str, np.ndarray]:
   return batch
 
 
-HYPER = dict(clip=0.2, clip_high=0.3, value_clip=0.1, huber_delta=0.8, value_weight=0.7, entropy_weight=0.05)
-HYPER |= dict(kl_weight=0.4)
+HYPER = dict(clip=0.2, clip_high=0.3, value_clip=0.1, huber_delta=0.8, policy_weight=1.7, value_weight=0.7)
+HYPER |= dict(entropy_weight=0.05, kl_weight=0.4)
 
 
 def objective(batch, **changes):
   return ppo.objective(**batch, **(HYPER | changes))
 
 
-def objective_loop(b, ratio, clip, clip_high, value_clip, huber_delta, value_weight, entropy_weight, kl_weight):
+def objective_loop(
+  b, ratio, clip, clip_high, value_clip, huber_delta, policy_weight, value_weight, entropy_weight, kl_weight
+):  # fmt: skip
   """Every term as a Python loop over valid steps; returns their means."""
   rows = []
   huber = lambda e: e**2 / 2 if abs(e) <= huber_delta else huber_delta * (abs(e) - huber_delta / 2)
@@ -176,7 +178,8 @@ def objective_loop(b, ratio, clip, clip_high, value_clip, huber_delta, value_wei
       }
     )
   mean = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
-  mean["loss"] = mean["policy_loss"] + value_weight * mean["value_loss"] - entropy_weight * mean["entropy"]
+  mean["loss"] = policy_weight * mean["policy_loss"] + value_weight * mean["value_loss"]
+  mean["loss"] -= entropy_weight * mean["entropy"]
   mean["loss"] += kl_weight * mean["ref_kl"]
   return mean
 

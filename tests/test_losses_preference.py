@@ -233,6 +233,74 @@ def test_two_passes_in_chunks_give_the_one_shot_gradient(chunk):
   assert max(np.abs(g).max() for g in jax.tree.leaves(want)) > 1e-3  # not a comparison of zeros
 
 
+# Baselines and ablations ----------------------------------------------------------------------------------------
+
+
+def window_margins(log_ratio, valid, sign, beta, window) -> list[float]:
+  """beta (s_i of the preferred - s_i of the other) of every window that both episodes have, as a loop."""
+  out = []
+  for b in np.flatnonzero(sign):
+    winner, loser = (b, len(sign) + b) if sign[b] > 0 else (len(sign) + b, b)
+    for i in range(log_ratio.shape[1] - window + 1):
+      steps = range(i, i + window)
+      if all(valid[e, t] for e in (winner, loser) for t in steps):
+        out.append(beta * sum(float(log_ratio[winner, t]) - float(log_ratio[loser, t]) for t in steps))
+  return out
+
+
+@eager_and_jit
+@seeds
+def test_window_tpo_is_the_equation(seed, jit):
+  log_ratio, stage_id, _, sign = draw(seed)
+  valid, sign = stage_id >= 0, sign[:, 0]
+  log_ratio = np.where(valid, log_ratio, np.nan).astype(np.float32)  # what does not exist is not read
+  loss, metrics = jit(functools.partial(preference.window_tpo, beta=BETA, window=3))(log_ratio, valid, sign)
+  want = np.array(window_margins(log_ratio, valid, sign, BETA, 3))
+  assert metrics["loss"].weight == len(want) > 0
+  np.testing.assert_allclose(loss, np.log1p(np.exp(-want)).mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics["margin"].value(), want.mean(), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(metrics["accuracy"].value(), (want > 0).mean(), rtol=1e-6)
+  np.testing.assert_allclose(metrics["windows"].value(), len(want) / np.count_nonzero(sign), rtol=1e-6)
+  gradient = jax.grad(lambda x: preference.window_tpo(x, valid, sign, beta=BETA, window=3)[0])(log_ratio)
+  assert np.isfinite(gradient).all() and not gradient[~valid].any()
+
+
+def test_a_window_as_long_as_the_episodes_is_tpo_of_their_sums():
+  log_ratio = np.random.default_rng(0).normal(size=(2 * B, 8)).astype(np.float32)
+  valid, sign = np.ones((2 * B, 8), bool), np.array([1, -1, 1, -1], np.int8)
+  windows, _ = preference.window_tpo(log_ratio, valid, sign, beta=0.1)
+  whole, _ = preference.tpo(log_ratio, valid, sign, beta=0.8)  # a mean over 8 steps, so 8 times the weight
+  np.testing.assert_allclose(windows, whole, rtol=1e-5)
+
+
+def test_an_episode_too_short_for_a_window_has_no_part():
+  log_ratio, stage_id, _, _ = draw(0)
+  loss, metrics = preference.window_tpo(log_ratio, stage_id >= 0, np.ones(B, np.int8), beta=0.1, window=T)
+  whole = (stage_id >= 0).all(1)
+  assert metrics["loss"].weight == np.count_nonzero(whole[:B] & whole[B:])
+  with pytest.raises(ValueError, match="windows of 13; expected 8 episodes and a window of 1 to 12 steps"):
+    preference.window_tpo(log_ratio, stage_id >= 0, np.ones(B, np.int8), beta=0.1, window=T + 1)
+
+
+@eager_and_jit
+@seeds
+def test_without_gating_a_stage_that_one_never_reached_counts_as_nothing_done(seed, jit):
+  log_ratio, stage_id, cost, sign = batch = draw(seed)
+  stage_id[0] = np.minimum(stage_id[0], 0)  # never left its first stage, and its rival has been in the last
+  stage_id[B, -1], cost[0, 1:], cost[B, -1] = K - 1, np.nan, 0.3
+  want = []
+  for b, k in np.ndindex(*sign.shape):
+    winner, loser = (b, B + b) if sign[b, k] > 0 else (B + b, b)
+    steps = [log_ratio[e][stage_id[e] == k] for e in (winner, loser)]
+    if sign[b, k] and (len(steps[0]) or len(steps[1])):
+      q_hat = [float(np.mean(x)) - COST_WEIGHT * cost[e, k] if len(x) else 0.0
+               for e, x in zip((winner, loser), steps, strict=True)]  # fmt: skip
+      want.append(BETA * (q_hat[0] - q_hat[1]))
+  loss, metrics = jit(functools.partial(stage_tpo, gating=False))(*batch)
+  assert metrics["loss"].weight == len(want) > len(margins(*batch))
+  np.testing.assert_allclose(loss, np.log1p(np.exp(-np.array(want))).mean(), rtol=1e-5)
+
+
 # Loudness and traces -------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from stare_jax import losses, pipeline, pipeline_updates, suites, tasks
+from stare_jax import losses, pipeline, pipeline_pairs, pipeline_updates, suites, tasks
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
 from stare_jax.pipeline_run import minibatch
@@ -62,7 +62,7 @@ def test_a_sample_off_the_common_path_is_left_out():
   whole = [staged(rng, length, False) for length in (9, 9, 9, 4, 9)]
   whole[1].episode.signals[4] = 1.0  # not where the first sample is when they part
   starts = [Start(7, 0, 4), Start(7, 1, 4), Start(7, 2, 4), Start(7, 3, 4), Start(8, 0, 0)]
-  kept = pipeline.parted(whole, starts)
+  kept = pipeline_pairs.parted(whole, starts)
   assert [len(item.episode) for item in kept] == [5, 5, 9]  # without the stray one, and the one that ended before
   np.testing.assert_array_equal(kept[1].episode.tokens, whole[2].episode.tokens[4:])
   assert kept[2] is whole[4]
@@ -77,8 +77,8 @@ def rollout(rng: np.random.Generator) -> list[list[StagedEpisode]]:
 
 
 def settings(**changes) -> ml_collections.ConfigDict:
-  c = dict(shaping=True, terminal="zero", success_reward=3.0, hp=dict(discount=0.9, lam=0.8))
-  return ml_collections.ConfigDict(c | changes)
+  c = dict(reward="potential", offset=0.5, terminal="zero", bootstrap=True, success_reward=3.0)
+  return ml_collections.ConfigDict(c | dict(hp=dict(discount=0.9, lam=0.8)) | changes)
 
 
 def by_loop(rows, c) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ def by_loop(rows, c) -> tuple[np.ndarray, np.ndarray]:
       for t in reversed(range(n)):
         end = e.terminated and t == n - 1
         reward = c.success_reward if end else 0.0
-        if c.shaping:
+        if c.reward == "potential":
           after = 0.0 if end and c.terminal == "zero" else phi[t + 1]
           reward += c.hp.discount * after - phi[t]
         following = 0.0 if end else (e.value[t + 1] if t + 1 < n else e.last_value)
@@ -103,9 +103,9 @@ def by_loop(rows, c) -> tuple[np.ndarray, np.ndarray]:
   return (advantage - advantage.mean()) / advantage.std(), np.concatenate(returns)
 
 
-@pytest.mark.parametrize("shaping, terminal", [(True, "zero"), (True, "keep"), (False, "zero")])
-def test_advantages_equal_a_loop_over_episodes(rng, shaping, terminal):
-  rows, c = rollout(rng), settings(shaping=shaping, terminal=terminal)
+@pytest.mark.parametrize("reward, terminal", [("potential", "zero"), ("potential", "keep"), ("success", "zero")])
+def test_advantages_equal_a_loop_over_episodes(rng, reward, terminal):
+  rows, c = rollout(rng), settings(reward=reward, terminal=terminal)
   data = advantages(rows, c)
   advantage, returns = by_loop(rows, c)
   np.testing.assert_allclose(data["advantage"], advantage, rtol=1e-4, atol=1e-5)
@@ -176,6 +176,20 @@ def test_trajectory_preferences_and_the_policys_own_critic(tmp_path, toy_environ
   assert "pairs_1" in preference[0] and "pairs_2" not in preference[0]  # the whole episode is its only stage
   # The head is trained in the update, and the second rollout is judged by what it learned from the first.
   assert first["explained_variance"] == pytest.approx(0, abs=1e-3) and abs(second["explained_variance"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_rl4vlas_ppo_acts_on_episodes_of_a_fixed_length(tmp_path, toy_environment, uninterrupted):
+  workdir = tmp_path / "run"
+  done = toy_run.launch(
+    workdir, toy_environment, f"--config.init_from={uninterrupted}/checkpoints/imitation",
+    "--config.phases=('interaction',)", "--config.interaction.steps=12", "--config.interaction.batch=24",
+    "--config.interaction.iterations=3", config="tests/toy_run.py:default,method=rl4vla_faithful,task=pick_cube",
+  )  # fmt: skip
+  assert done.returncode == 0 and "compiled again" not in done.stderr, done.stdout + done.stderr
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert len(rows) == 3 and all(row["episodes"] == 4 and row["length"] == 12 for row in rows)
+  assert all(row["return_raw"] == row["return_shaped"] for row in rows)  # nothing is shaped
 
 
 def test_tasks_of_the_presets_have_stages():

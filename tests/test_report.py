@@ -325,7 +325,7 @@ def test_the_page_is_whole_and_says_what_the_folder_says(full):
                "python -m stare_jax.main", "sim.num_envs", "Explained variance", "seeds 10000 to 10127",
                "stopped in Transport"):
     assert word in text or word in page, word
-  assert page.count("<video") == 6 and "180 pairs of episodes" in text
+  assert page.count("<video") == 6 and "180 pairs of episodes" in text and "60 with 4, 4 with 7" in text
 
 
 @pytest.mark.parametrize("phases", [("imitation",), ("interaction",), ("preference", "interaction")])

@@ -16,6 +16,7 @@ REGISTRY: dict[str, str] = {  # name -> its room, which is that of the phase it 
   "cross_entropy": "stare_jax.losses.imitation:cross_entropy",
   "tpo": "stare_jax.losses.preference:tpo",
   "stage_tpo": "stare_jax.losses.preference:stage_tpo",
+  "window_tpo": "stare_jax.losses.preference:window_tpo",
   "ppo": "stare_jax.losses.ppo:objective",
 }
 

@@ -193,6 +193,7 @@ def objective(
   clip_high: float | None = None,
   value_clip: float | None = None,
   huber_delta: float | None = None,
+  policy_weight: float = 1.0,
   value_weight: float = 0.5,
   entropy_weight: float = 0.0,
   kl_weight: float = 0.0,
@@ -200,7 +201,7 @@ def objective(
 ) -> tuple[Array, dict[str, Mean]]:
   """PPO, every term a mean over the same valid steps.
 
-      loss = policy + value_weight * value - entropy_weight * H + kl_weight * k3(log pi_ref - log pi)
+      loss = policy_weight * policy + value_weight * value - entropy_weight * H + kl_weight * k3(log pi_ref - log pi)
 
   The penalty's expected gradient on the policy's own samples is that of KL(pi_ref || pi).
 
@@ -220,7 +221,7 @@ def objective(
   _, critic = value_loss(value, old_value, returns, valid, clip=value_clip, huber_delta=huber_delta)
   metrics = policy | critic | {"policy_loss": policy["loss"], "value_loss": critic["loss"]}
   metrics["entropy"] = Mean.of(entropy, valid)
-  total = metrics["policy_loss"].total + value_weight * metrics["value_loss"].total
+  total = policy_weight * metrics["policy_loss"].total + value_weight * metrics["value_loss"].total
   total = total - entropy_weight * metrics["entropy"].total
   if ref_log_prob is not None:
     metrics["ref_kl"] = reference_kl(log_prob, ref_log_prob, valid)

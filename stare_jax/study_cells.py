@@ -1,0 +1,150 @@
+"""The cells of a study: what each runs, where, and how far it is."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fcntl
+import json
+import pathlib
+import shlex
+from typing import Any
+
+from stare_jax import pipeline_check, report
+from stare_jax.config import ConfigError, suggest
+
+START = "sft"  # the method whose run the others start from
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+  """One run.
+
+  Attributes:
+    folder: its --workdir.
+    command: what is started, beginning with "python".
+    phases: that it trains, in order.
+    total: updates or iterations of the last of them.
+    needs: the cell whose checkpoint it starts from; None for that one.
+  """
+
+  task: str
+  method: str
+  seed: int
+  folder: pathlib.Path
+  command: tuple[str, ...]
+  phases: tuple[str, ...]
+  total: int
+  needs: Cell | None
+
+  def __str__(self) -> str:
+    return f"{self.task} {self.method} seed {self.seed}"
+
+  @property
+  def lock(self) -> pathlib.Path:
+    return self.folder / ".running"
+
+  def busy(self) -> bool:
+    """Whether a process runs it, whoever started that."""
+    if not self.lock.exists():
+      return False
+    with open(self.lock, "w") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return True
+    return False
+
+  def finished(self) -> bool:
+    """Whether this very command came to its end: its last phase is whole and evaluated."""
+    path, phase = self.folder / "summary.json", self.phases[-1]
+    if not path.exists() or self.busy():
+      return False
+    summary = json.loads(path.read_text())
+    rows = [row["step"] for row in report.read_metrics(self.folder / "metrics.jsonl") if row["phase"] == phase]
+    whole = bool(rows) and rows[-1] == self.total
+    return whole and phase in summary["phases"] and summary["command"] == shlex.join(self.command)
+
+  def evaluation(self) -> dict | None:
+    """evaluations/<the last phase>.json, if it is there."""
+    path = self.folder / "evaluations" / f"{self.phases[-1]}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+  def result(self) -> str:
+    success = (self.evaluation() or {})["success_once"]
+    return (f"success {100 * success['rate']:.1f} % [{100 * success['low']:.1f}, {100 * success['high']:.1f}] over "
+            f"{success['n']} episodes")
+
+  def progress(self) -> str:
+    """Where it is, as it said last."""
+    return self.last_words(1).strip() or "starting"
+
+  def last_words(self, lines: int = 5) -> str:
+    path = self.folder / "log.txt"
+    said = [line for line in path.read_text(errors="replace").splitlines() if any(c.isalpha() for c in line)]
+    return "\n".join(f"  {line}" for line in said[-lines:])
+
+
+def make(c: Any, workdir: pathlib.Path, base: Any) -> list[Cell]:
+  """All cells of the study `c`, in the order in which they are started; `base` is the module with `get_config`.
+
+  Raises: ConfigError for a cell that could not run.
+  """
+  cells = []
+  for seed in c.seeds:
+    for task in c.tasks:
+      start = make_cell(c, workdir, base, task, START, seed, None)
+      cells += [start, *(make_cell(c, workdir, base, task, m, seed, start) for m in c.methods if m != START)]
+  if not cells:
+    raise ConfigError(f"tasks = {c.tasks} and seeds = {c.seeds}: name at least one of each")
+  for pair in c.compare:
+    if pair.count(":") != 1:
+      raise ConfigError(f'compare names "{pair}": expected two methods, such as "ppo_clean:sta_ppo"')
+  return cells
+
+
+def make_cell(c: Any, workdir: pathlib.Path, base: Any, task: str, method: str, seed: int, start: Cell | None) -> Cell:
+  """Checked as `stare_jax.main` would check it."""
+  argument = f"{c.preset},method={method},task={task},seed={seed}"
+  config = base.get_config(argument)
+  folder = workdir / task / method / f"seed{seed}"
+  phases = tuple(config.phases) if start is None else tuple(p for p in config.phases if p != "imitation")
+  if bad := [change for change in c.changes if "=" not in change]:
+    raise ConfigError(f'changes names "{bad[0]}": expected a field and its value, such as "preference.starts=80"')
+  fields: dict[str, Any] = dict(change.split("=", 1) for change in c.changes)
+  for field, value in (("interaction.iterations", c.interaction.iterations),
+                       ("evaluation.episodes", c.evaluation.episodes)):  # fmt: skip
+    fields |= {field: str(value)} if value else {}
+  if start is not None:
+    fields |= {"phases": repr(phases), "init_from": str(start.folder / "checkpoints" / "imitation")}
+  try:
+    config.update_from_flattened_dict({name: read(text, config, name) for name, text in fields.items()})
+    pipeline_check.check(config, folder)
+  except (ConfigError, KeyError, AttributeError, TypeError) as error:
+    raise ConfigError(f"the cell {task} {method} seed {seed} cannot run: {error}") from error
+  section = config[phases[-1]]
+  total = section.iterations if phases[-1] == "interaction" else section.updates
+  command = ("python", "-m", "stare_jax.main", f"--config={c.base}:{argument}", f"--workdir={folder}",
+             *(f"--config.{name}={text}" for name, text in fields.items()))  # fmt: skip
+  return Cell(task, method, seed, folder, command, phases, total, start)
+
+
+def read(text: str, config: Any, name: str) -> Any:
+  """A field's value from its text, as a flag would be read. Raises: ConfigError for an unknown field or a bad value."""
+  fields = known(config)
+  if name not in fields:
+    raise ConfigError(f'unknown field "{name}": {suggest(name, tuple(fields))}')
+  if isinstance(fields[name], str):
+    return text
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    raise ConfigError(f'{name}="{text}": expected a {type(fields[name]).__name__}') from None
+
+
+def known(config: Any, prefix: str = "") -> dict[str, Any]:
+  """{"preference.starts": 160, ...}: every field of a configuration under its dotted name."""
+  out: dict[str, Any] = {}
+  for name, value in config.items():
+    out |= known(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}
+  return out

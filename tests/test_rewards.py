@@ -1,0 +1,111 @@
+"""What a step pays, for every kind of reward, on episodes made by hand and against loops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+import pytest
+
+from stare_jax.episode import SIGNAL_SIZE, SIGNALS, Episode, StagedEpisode, pack_signals
+from stare_jax.losses import ops
+from stare_jax.pipeline_interaction import advantages
+from stare_jax.pipeline_rewards import levels, raw, rewards, stage_of
+
+
+def settings(reward: str, **changes) -> ml_collections.ConfigDict:
+  c = dict(reward=reward, offset=0.5, terminal="zero", bootstrap=True, success_reward=2.0)
+  return ml_collections.ConfigDict(c | dict(hp=dict(discount=0.9, lam=0.8)) | changes)
+
+
+def staged(stage_id, completed_at, *, terminated: bool = False, seed: int = 0) -> StagedEpisode:
+  rng, steps = np.random.default_rng(seed), len(stage_id)
+  episode = Episode(
+    task="pick_cube", seed=0, instruction="pick", images=np.zeros((steps, 4, 4, 3), np.uint8),
+    signals=np.zeros((steps + 1, SIGNAL_SIZE), np.float32), actions=np.zeros((steps, 7), np.float32),
+    tokens=np.zeros((steps, 7), np.int32), log_prob=np.zeros((steps, 7), np.float32),
+    value=rng.normal(size=steps).astype(np.float32), last_value=0.0 if terminated else 1.5, terminated=terminated,
+  )  # fmt: skip
+  zeros, potential = np.zeros(steps, np.float32), rng.random(steps + 1).astype(np.float32)
+  return StagedEpisode(episode, np.array(stage_id, np.int32), np.array(completed_at, np.int32),
+                       np.zeros(len(completed_at), np.float32), potential, zeros)  # fmt: skip
+
+
+def with_flags(grasped, success) -> np.ndarray:
+  """float32[T+1, S] with these two signals."""
+  zeros = {name: np.zeros((len(grasped), *shape), np.float32) for name, shape in SIGNALS.items()}
+  flags = {"grasped": np.array(grasped, np.float32), "success": np.array(success, np.float32)}
+  return pack_signals(zeros | flags)
+
+
+def level_loop(grasped, success) -> list[float]:
+  """RL4VLA's level state by state: flags that stay once they were set, and a success that does not."""
+  ever, held, row, before, out = False, False, 0, 0.0, []
+  for is_grasped, is_success in zip(grasped[1:], success[1:], strict=True):
+    row = row + 1 if is_grasped else 0
+    ever, held = ever or is_grasped, held or row >= 5
+    level = 0.1 * ever + 0.1 * held + 1.0 * (is_success and ever)
+    out.append(level - before)
+    before = level
+  return out
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_levels_equal_a_loop(seed):
+  rng = np.random.default_rng(seed)
+  grasped, success = rng.random(40) < 0.8, rng.random(40) < 0.2
+  found = levels(with_flags(grasped, success))
+  np.testing.assert_allclose(found, level_loop(grasped, success), atol=1e-6)
+  assert found.dtype == np.float32
+
+
+def test_levels_by_hand():
+  grasped, success = [1, 0, 1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 1, 0, 1]
+  # The start's own grasp and a success before any grasp are nothing; the fifth step of holding is the second level.
+  np.testing.assert_allclose(levels(with_flags(grasped, success)), [0, 0.1, 0, 0, 0, 0.1, 1, -1, 1], atol=1e-6)
+
+
+def test_a_milestone_is_an_equal_part_of_the_success_reward():
+  c = settings("milestones", success_reward=3.0)
+  np.testing.assert_allclose(raw(staged([0, 0, 1, 1, 2], [2, 4, -1]), c), [0, 1, 0, 1, 0])
+  np.testing.assert_allclose(raw(staged([0, 0, 1], [1, 3, 3], terminated=True), c), [1, 0, 2])  # two on one step
+  np.testing.assert_allclose(raw(staged([0, 0], [-1, -1, -1], terminated=True), c), [0, 3])  # a success is all of them
+  np.testing.assert_array_equal(rewards(staged([0, 1], [1, -1]), c), raw(staged([0, 1], [1, -1]), c))  # not shaped
+
+
+def test_without_progress_only_completed_stages_are_shaped():
+  c, item = settings("stages"), staged([0, 0, 1, 2], [2, 3, 4], terminated=True)
+  np.testing.assert_array_equal(stage_of(item), [0, 0, 1, 2, 2])
+  phi = 0.5 * np.array([0, 0, 1, 2, 0.0])  # zero where it ends
+  want = np.array([0, 0, 0, 2.0]) + 0.9 * phi[1:] - phi[:-1]
+  np.testing.assert_allclose(rewards(item, c), want, atol=1e-6)
+  assert stage_of(staged([0, 1], [1, -1, -1]))[-1] == 1
+  progress = dataclasses.replace(item, potential=item.potential + 7)
+  np.testing.assert_array_equal(rewards(progress, c), rewards(item, c))
+
+
+@pytest.mark.parametrize("reward", ["success", "potential"])
+def test_a_shaped_reward_telescopes_to_the_plain_one(reward):
+  c, item = settings(reward), staged([0, 0, 1], [2, 3], terminated=True)
+  total = float(rewards(item, c) @ 0.9 ** np.arange(3))
+  assert total == pytest.approx(2.0 * 0.9**2 - (reward == "potential") * item.potential[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_without_bootstrap_nothing_is_worth_anything_after_the_time_limit(bootstrap):
+  rows = [[staged([0] * 6, [-1, -1], seed=seed)] for seed in range(3)]
+  c = settings("levels", bootstrap=bootstrap)
+  data = advantages(rows, c)
+  returns, advantage = [], []
+  for (item,) in rows:
+    value, later = item.episode.value, 0.0
+    for t in reversed(range(6)):
+      after = value[t + 1] if t < 5 else 1.5 * bootstrap
+      later = 0.9 * after - value[t] + 0.9 * 0.8 * later
+      advantage.append(later)
+      returns.append(later + value[t])
+  flip = lambda x: np.array(x).reshape(3, 6)[:, ::-1].reshape(-1)
+  np.testing.assert_allclose(data["returns"], flip(returns), rtol=1e-4, atol=1e-5)
+  want = ops.standardize(flip(advantage).astype(np.float32), np.ones(18, bool))
+  np.testing.assert_allclose(data["advantage"], want, rtol=1e-4, atol=1e-5)

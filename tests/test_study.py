@@ -1,0 +1,275 @@
+"""A study: which cells there are and what they share, how they are run, and what is computed from their folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import ml_collections
+import numpy as np
+import pytest
+import scipy.stats
+
+from configs import ipi
+from configs import study as study_config
+from stare_jax import evaluate, report, study, study_cells, study_report
+from stare_jax.config import ConfigError
+from stare_jax.study_cells import Cell
+from tests import toy_run
+
+# What a cell would write, without any learning; it waits for its start as a real one would miss it.
+RUN = """
+import json, os, pathlib, sys, time
+folder, phase, total, success, needs, command = sys.argv[1:]
+folder = pathlib.Path(folder)
+assert not needs or (pathlib.Path(needs) / "summary.json").exists(), "started before its start was finished"
+print("cores", len(os.sched_getaffinity(0)))
+if success == "broken":
+  sys.exit("no such policy")
+while success == "slow":
+  time.sleep(0.01)
+rate = {"count": int(success), "n": 10, "rate": int(success) / 10, "low": 0.0, "high": 1.0}
+evaluation = {"label": phase, "episodes": 10, "temperature": 1.0, "success_once": rate, "success_at_end": rate,
+              "stages": [{"name": "Reach", "marginal": rate, "conditional": rate}]}
+(folder / "evaluations").mkdir(exist_ok=True)
+(folder / "evaluations" / f"{phase}.json").write_text(json.dumps(evaluation))
+with (folder / "metrics.jsonl").open("a") as file:
+  for i in range(int(total)):
+    row = {"phase": phase, "step": i + 1, "env_steps": 10 * (i + 1), "time": 0.0, "success": i / int(total)}
+    file.write(json.dumps(row) + "\\n")
+(folder / "summary.json").write_text(json.dumps({"command": command, "phases": {phase: evaluation}}))
+"""
+
+
+def settings(**changes) -> ml_collections.ConfigDict:
+  c = study_config.get_config()
+  c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return c
+
+
+# --- cells ---
+
+
+def test_all_methods_of_a_task_and_seed_go_on_from_one_start(tmp_path):
+  c = settings(tasks=("pull_cube",), seeds=(0, 3), interaction__iterations=7, evaluation__episodes=9,
+               changes=("preference.starts=11", "interaction.hp.lam=0.9"))  # fmt: skip
+  cells = study_cells.make(c, tmp_path, ipi)
+  assert [(cell.method, cell.seed) for cell in cells] == [
+    (method, seed) for seed in (0, 3) for method in ("sft", "ppo_clean", "sta_ppo", "tpo", "sta_tpo")
+  ]
+  assert len({cell.folder for cell in cells}) == len(cells)
+  for start, *others in (cells[:5], cells[5:]):
+    assert start.needs is None and start.phases == ("imitation",)
+    for cell in others:
+      assert cell.needs is start and "imitation" not in cell.phases
+      assert f"--config.init_from={start.folder}/checkpoints/imitation" in cell.command
+  by_method = {cell.method: cell for cell in cells}
+  assert by_method["sta_ppo"].phases == ("interaction",) and by_method["sta_ppo"].total == 7
+  assert by_method["tpo"].phases == ("preference",) and by_method["tpo"].total == 60
+  for cell in cells:
+    for flag in ("--config.interaction.iterations=7", "--config.evaluation.episodes=9",
+                 "--config.preference.starts=11", "--config.interaction.hp.lam=0.9"):  # fmt: skip
+      assert flag in cell.command
+
+
+@pytest.mark.parametrize("changes, words", [
+  (dict(methods=("sta_pp",)), ("sta_pp", '"sta_ppo"')),
+  (dict(methods=("rl4vla_faithful",)), ("pull_cube rl4vla_faithful seed 0", "Grasp")),
+  (dict(tasks=("pull_cub",)), ('"pull_cube"',)),
+  (dict(changes=("preference.start=3",)), ('"preference.start"', '"preference.starts"')),
+  (dict(changes=("preference.starts",)), ('"preference.starts"', "preference.starts=80")),
+  (dict(changes=("preference.starts=few",)), ('preference.starts="few"', "int")),
+  (dict(changes=("preference.samples=1",)), ("preference.samples = 1",)),
+  (dict(compare=("tpo",)), ('"tpo"', "ppo_clean:sta_ppo")),
+  (dict(seeds=()), ("seeds",)),
+])  # fmt: skip
+def test_a_cell_that_could_not_run_is_refused_before_any_is_started(tmp_path, changes, words):
+  with pytest.raises(ConfigError) as caught:
+    study_cells.make(settings(**changes), tmp_path, ipi)
+  assert all(word in str(caught.value) for word in words), caught.value
+
+
+def made_cells(folder: pathlib.Path, successes: dict[str, str], seeds=(0,)) -> list[Cell]:
+  """sft and the methods of `successes`, each of which is `RUN`."""
+  cells: list[Cell] = []
+  script = folder / "run.py"
+  script.parent.mkdir(parents=True, exist_ok=True)
+  script.write_text(RUN)
+  for seed in seeds:
+    start = None
+    for method, success in {"sft": "3", **successes}.items():
+      where, phase = folder / "toy" / method / f"seed{seed}", "imitation" if start is None else "interaction"
+      arguments = [str(script), str(where), phase, "4", success, str(start.folder) if start else ""]
+      command = ("python", *arguments, shlex.join(["python", *arguments]))
+      cell = Fake("toy", method, seed, where, command, (phase,), 4, start)
+      start = start or cell
+      cells.append(cell)
+  return cells
+
+
+class Fake(Cell):
+  """A cell whose script notes the command as it was given to it."""
+
+  def finished(self) -> bool:
+    path = self.folder / "summary.json"
+    if path.exists() and (summary := json.loads(path.read_text()))["command"] == self.command[-1]:
+      path.write_text(json.dumps(summary | {"command": shlex.join(self.command)}))
+    return super().finished()
+
+
+CONFIG = SimpleNamespace(tasks=("toy",), compare=("a:b",))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  monkeypatch.setattr(study, "LOOK", 0.02)
+
+
+def run(cells, folder, *, jobs=1, threads=0) -> study.Runner:
+  runner = study.Runner(cells, folder, CONFIG, jobs=jobs, threads=threads)
+  runner.run()
+  return runner
+
+
+def test_cells_run_side_by_side_once_after_their_start(tmp_path, quick):
+  cells = made_cells(tmp_path, {"a": "4", "b": "6"}, seeds=(0, 1))
+  runner = run(cells, tmp_path, jobs=2, threads=1)
+  assert not runner.failed and all(cell.finished() for cell in cells)
+  assert all((cell.folder / "log.txt").read_text() == "cores 1\n" for cell in cells)
+  assert len(os.sched_getaffinity(0)) >= 1
+  written = {cell: (cell.folder / "summary.json").stat().st_mtime_ns for cell in cells}
+  assert run(cells, tmp_path).running == {}  # nothing is left to do
+  assert {cell: (cell.folder / "log.txt").read_text() for cell in cells} == dict.fromkeys(cells, "cores 1\n")
+  assert written == {cell: (cell.folder / "summary.json").stat().st_mtime_ns for cell in cells}
+  assert "b − a" in (tmp_path / "results.md").read_text()
+
+
+def test_a_cell_that_fails_leaves_the_others_alone(tmp_path, quick):
+  cells = made_cells(tmp_path, {"a": "broken", "b": "6"})
+  runner = run(cells, tmp_path)
+  assert [cell.method for cell in runner.failed] == ["a"] and "no such policy" in runner.failed[cells[1]]
+  assert cells[2].finished() and "Not finished: toy a seed 0" in (tmp_path / "results.md").read_text()
+
+
+def test_a_start_that_fails_takes_its_methods_with_it(tmp_path, quick):
+  cells = made_cells(tmp_path, {"sft": "broken", "a": "4"})
+  assert list(run(cells, tmp_path).failed) == cells
+
+
+def test_stopping_ends_the_running_cells(tmp_path, quick, monkeypatch):
+  cells = made_cells(tmp_path, {"a": "slow", "b": "6"})
+  runner = study.Runner(cells, tmp_path, CONFIG, jobs=1, threads=0)
+  look = runner._look
+
+  def stop_once_it_runs():
+    if cells[1] in runner.running and not runner.stopping:
+      runner.stop()
+    look()
+
+  monkeypatch.setattr(runner, "_look", stop_once_it_runs)
+  runner.run()
+  assert runner.running == {} and not runner.failed and not cells[1].finished() and not cells[2].finished()
+
+
+def test_a_cell_that_another_process_runs_is_not_run_twice(tmp_path, quick):
+  (cell, *_) = made_cells(tmp_path, {})
+  runner = study.Runner([cell], tmp_path, CONFIG, jobs=1, threads=0)
+  assert not cell.busy() and runner._launch(cell) and cell.busy()
+  assert not study.Runner([cell], tmp_path, CONFIG, jobs=1, threads=0)._launch(cell)
+  runner.running[cell].process.wait()
+  assert not cell.busy() and cell.finished()
+
+
+def test_a_cell_is_finished_when_this_command_came_to_its_end(tmp_path, quick):
+  (cell,) = made_cells(tmp_path, {})
+  assert not cell.finished()
+  run([cell], tmp_path)
+  assert cell.finished() and "success 30.0 %" in cell.result() and cell.progress().startswith("cores ")
+  rows = (cell.folder / "metrics.jsonl").read_text().splitlines()
+  (cell.folder / "metrics.jsonl").write_text("\n".join(rows[:-1]) + "\n")  # it was extended, and killed on the way
+  assert not cell.finished()
+  (cell.folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+  assert cell.finished()
+  other = Cell(cell.task, cell.method, cell.seed, cell.folder, (*cell.command, "--more"), cell.phases, 4, None)
+  assert not other.finished()
+
+
+# --- results ---
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_the_interval_over_seeds_is_students(n):
+  values = np.random.default_rng(n).uniform(0.3, 0.7, n)
+  found = study_report.estimate(values)
+  low, high = scipy.stats.t.interval(0.95, n - 1, loc=values.mean(), scale=scipy.stats.sem(values))
+  assert (found.mean, found.low, found.high) == pytest.approx((values.mean(), max(low, 0), min(high, 1)))
+  assert study_report.estimate([0.4]).low is None
+
+
+def test_a_difference_is_paired_by_seed():
+  a, b = {0: 0.2, 1: 0.5, 2: 0.4}, {1: 0.6, 2: 0.5, 3: 0.9}
+  found = study_report.difference(a, b)
+  assert found.values == pytest.approx((0.1, 0.1)) and (found.low, found.high) == pytest.approx((0.1, 0.1))
+  assert study_report.difference({0: 0.1}, {1: 0.2}) is None
+
+
+def test_a_learning_curve_is_the_mean_of_smoothed_seeds():
+  rng = np.random.default_rng(0)
+  runs = [[{"env_steps": 10 * (i + 1), "success": x} for i, x in enumerate(rng.random(n))] for n in (20, 17)]
+  found = study_report.learning_curve(runs)
+  half = study_report.SMOOTHING // 2
+  smoothed = np.array([[np.mean([row["success"] for row in rows[:17]][max(0, i - half) : i + half + 1])
+                        for i in range(17)] for rows in runs])  # fmt: skip
+  np.testing.assert_allclose(found.mean, smoothed.mean(0), rtol=1e-6)
+  np.testing.assert_allclose(found.x, 10 * np.arange(1, 18))
+  width = scipy.stats.t.ppf(0.975, 1) * smoothed.std(0, ddof=1) / np.sqrt(2)
+  np.testing.assert_allclose(found.high, np.clip(smoothed.mean(0) + width, 0, 1), rtol=1e-6)
+  assert found.seeds == 2 and study_report.learning_curve([[], []]) is None
+  one = study_report.learning_curve([runs[0][:2], []])  # shorter than the smoothing, and alone
+  assert len(one.x) == 2 and np.isnan(one.low).all() and one.seeds == 1
+
+
+def test_a_seed_that_never_reached_a_stage_says_nothing_of_it():
+  of = lambda reached, done: {"stages": evaluate.stage_rates(
+    np.array([[i < reached, i < done] for i in range(4)]), ("Reach", "Place")
+  )}  # fmt: skip
+  found = study_report.stage_rates({0: of(4, 1), 1: of(0, 0), 2: of(2, 1)})
+  assert found["P(Reach)"].values == (1.0, 0.0, 0.5) and found["P(Place | Reach)"].values == (0.25, 0.5)
+
+
+def test_results_are_written_from_what_is_there(tmp_path, quick):
+  cells = made_cells(tmp_path, {"a": "4", "b": "6"}, seeds=(0, 1, 2))
+  assert {path.name for path in study_report.write(tmp_path, CONFIG, cells)} == {"results.md", "results.html"}
+  run(cells, tmp_path)
+  names = {path.name for path in study_report.write(tmp_path, CONFIG, cells)}
+  assert names == {"results.md", "results.html", "curves-toy.svg", "curves-toy.png"}
+  text = (tmp_path / "results.md").read_text()
+  assert "| b | 3 | 60.0 [60.0, 60.0] (60.0, 60.0, 60.0) |" in text and "| b − a | +20.0 [+20.0, +20.0]" in text
+  assert text.count("| sft |") == 1 and "| a − sft | +10.0" in text and "Not finished" not in text
+  page = (tmp_path / "results.html").read_text()
+  assert page.count("<table") == 2 and "fill-opacity" in page and "environment steps" in page
+  assert (tmp_path / "curves-toy.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_study_on_the_toy_simulator(tmp_path, toy_environment):
+  """Through the front door; the second time nothing is run again."""
+  command = [sys.executable, "-m", "stare_jax.study", "--config=configs/study.py", f"--workdir={tmp_path}/s",
+             "--jobs=2", "--threads=1", "--config.base=tests/toy_run.py", "--config.tasks=('pull_cube',)",
+             "--config.seeds=(0,)", "--config.methods=('sta_ppo','sta_tpo')",
+             "--config.interaction.iterations=2",
+             "--config.changes=('report.videos=0','preference.loss=window_tpo','preference.both_failed=True')"]
+  for _ in range(2):
+    done = subprocess.run(command, cwd=toy_run.ROOT, env=toy_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+  assert "3 cells, 3 of them finished before" in done.stderr and "started" not in done.stderr
+  text = (tmp_path / "s" / "results.md").read_text()
+  assert "| sta_ppo | 1 |" in text and "| sta_tpo | 1 |" in text and "Not finished" not in text
+  rows = report.read_metrics(tmp_path / "s" / "pull_cube" / "sta_tpo" / "seed0" / "metrics.jsonl")
+  assert {row["phase"] for row in rows} == {"preference"} and "windows" in rows[-1]
