@@ -293,9 +293,8 @@ env_id, seed, out, objects = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.arg
 env = gym.make(env_id, num_envs=1, sim_backend="physx_cpu", render_backend="cpu", robot_uids="panda",
                control_mode="pd_ee_delta_pose")
 e = env.unwrapped
-actor = getattr(e, objects)
 def record():
-  robot = e.agent.robot
+  robot, actor = e.agent.robot, getattr(e, objects)
   force = [np.linalg.norm(e.scene.get_pairwise_contact_forces(f, actor)[0].numpy())
            for f in (e.agent.finger1_link, e.agent.finger2_link)]
   return np.concatenate([e.agent.tcp.pose.raw_pose[0], actor.pose.raw_pose[0], actor.linear_velocity[0],
