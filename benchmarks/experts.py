@@ -41,6 +41,7 @@ def main() -> None:
   parser.add_argument("--horizon", type=int, default=0, help="control steps; 0: the task's own")
   parser.add_argument("--envs", type=int, default=16)
   parser.add_argument("--workers", type=int, default=2)
+  parser.add_argument("--python", default="", help="the simulator's interpreter, as sim.python")
   arguments = parser.parse_args()
   for name in arguments.tasks:
     task = tasks.get(name)
@@ -50,7 +51,8 @@ def main() -> None:
         parser.error(f"--published: {name} has no published starts")
       seeds = range(task.starts)
     with sims.make(
-      task=task, num_envs=arguments.envs, num_workers=arguments.workers, image_size=16, draw=False
+      task=task, num_envs=arguments.envs, num_workers=arguments.workers, image_size=16, draw=False,
+      python=arguments.python,
     ) as sim:
       for noise in arguments.noise:
         actor = ExpertActor(Noisy(task, noise), 0.0) if arguments.own else ExpertActor(task, noise)

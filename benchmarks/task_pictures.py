@@ -22,10 +22,10 @@ AFTER = 6  # steps shown after the first success
 BAR = 18  # height of the timeline, pixels
 
 
-def demonstrate(task: tasks.Task, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def demonstrate(task: tasks.Task, seed: int, size: int, python: str = "") -> tuple[np.ndarray, np.ndarray]:
   """Images uint8[T+1, size, size, 3] and signals float32[T+1, S] of one episode of the expert."""
   expert = task.expert(np.random.default_rng(0), 0.0)
-  with sims.make(task=task, num_envs=1, num_workers=1, image_size=size) as sim:
+  with sims.make(task=task, num_envs=1, num_workers=1, image_size=size, python=python) as sim:
     frames, left = [sim.reset([0], [seed])], AFTER
     while len(frames) <= task.horizon and left:
       frames.append(sim.step([0], expert.act(unpack_signals(frames[-1].signals[0]))[None]))
@@ -57,12 +57,13 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=2)
   parser.add_argument("--size", type=int, default=144, help="of a frame, pixels")
   parser.add_argument("--frames", type=int, default=6)
+  parser.add_argument("--python", default="", help="the simulator's interpreter, as sim.python")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/tasks"))
   arguments = parser.parse_args()
   arguments.out.mkdir(parents=True, exist_ok=True)
   for name in arguments.tasks:
     task = tasks.get(name)
-    picture = strip(task, *demonstrate(task, arguments.seed, arguments.size), arguments.frames)
+    picture = strip(task, *demonstrate(task, arguments.seed, arguments.size, arguments.python), arguments.frames)
     path = arguments.out / f"{name}.jpg"
     picture.save(path, quality=85, optimize=True)
     print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB", flush=True)

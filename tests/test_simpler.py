@@ -50,6 +50,12 @@ def test_files_without_which_sapien_says_nothing(tmp_path):
                      "models/sink/textured.dae"]  # fmt: skip
 
 
+def test_a_suite_that_it_cannot_have_is_refused():
+  """Ignored, it would be in-distribution under another name."""
+  with pytest.raises(sims.SimulatorError, match="cannot change: camera, light"):
+    simpler.Simpler.reset(None, 0, dict(name="x", changes=dict(light={}, instruction={}, camera={})))
+
+
 def demonstrate(task, sim, env, seed):
   """The expert until it has let go: actions[T, 7], signals[T+1, S], images[T+1, H, W, 3]."""
   expert = task.expert(np.random.default_rng(0), 0.0)

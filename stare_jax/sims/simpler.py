@@ -95,8 +95,13 @@ class Simpler:
     count = len(self._turns)
     return np.repeat(self._places, count, axis=0), np.tile(self._turns, (len(self._places), 1, 1))
 
-  def reset(self, seed: int) -> None:
-    """The initial state that `seed` names (see `bridge.decode`), in a scene without a past."""
+  def reset(self, seed: int, suite: dict[str, Any] | None = None) -> None:
+    """The initial state that `seed` names (see `bridge.decode`), in a scene without a past.
+
+    Of what an evaluation suite changes only the instruction may come, which is the policy's matter.
+    """
+    if suite is not None and (kinds := set(suite["changes"]) - {"instruction"}):
+      raise SimulatorError(f"the simulator 'simpler' cannot change: {', '.join(sorted(kinds))}")
     self._seed, self._actions = seed, []
     place, turn = decode(seed, *self.starts(), self._jitter)
     self._env._xy_configs, self._env._quat_configs = [place], [turn]
