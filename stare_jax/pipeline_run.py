@@ -188,7 +188,8 @@ class Run:
     """Inside, episodes and what the actor is told are as `suite` has them; None changes nothing."""
     if suite is not None:
       actor.instruction = lambda start: suites.instruction(suite, self.task, start.seed)
-      self.sim.suite = suites.for_worker(suite, self.task)
+      if set(suite.changes) - {"instruction"}:  # which needs nothing of a simulator
+        self.sim.suite = suites.for_worker(suite, self.task)
     try:
       yield
     finally:
