@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from stare_jax import losses, pipeline, pipeline_pairs, pipeline_updates, suites, tasks
+from stare_jax import losses, pipeline_pairs, pipeline_updates, suites, tasks
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
 from stare_jax.pipeline_run import minibatch
