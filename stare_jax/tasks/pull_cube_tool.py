@@ -64,7 +64,7 @@ TOO_FAR = rules.beyond(rules.between(rules.goal, rules.fixed(BASE), axes="xy"), 
 PULL_CUBE_TOOL = Task(
   name="pull_cube_tool",
   env_id="PullCubeTool-v1",
-  instruction="pull the cube to the robot with the hook",
+  instruction="pull the cube with the hook",
   stages=(
     Stage("Reach", rules.any_of(TOUCHING, rules.succeeded), TO_HANDLE, scale=0.2),
     Stage("Grasp", rules.any_of(rules.grasped, rules.succeeded), TO_HANDLE, scale=0.05),
