@@ -130,3 +130,13 @@ def test_the_tool_passes_the_cube_without_touching_it():
         break
     else:
       pytest.fail("the cube never came to lie in the pocket")
+
+
+def test_instructions_fit_the_default_prompt(root):
+  """configs/ipi.py gives the prompt 12 tokens, whatever the task."""
+  from configs import ipi
+  from stare_jax.policies.tokenizer import WordTokenizer
+
+  longest = ipi.get_config().policy.options.prompt_length
+  sizes = {name: len(WordTokenizer()(tasks.get(name).instruction)) + 2 for name in tasks.names()}
+  assert max(sizes.values()) <= longest, sizes
