@@ -61,10 +61,12 @@ def test_smoke_twice_gives_the_same_parameters(tmp_path, user_environment, root)
   assert first["params_sha256"] == second["params_sha256"]
 
 
-# What a task cannot change is done less often, so that a dozen of them take minutes each.
+# What a task cannot change is done less often, so that a dozen of them take minutes each; and of so few
+# demonstrations some must succeed, which PegInsertionSide's expert seldom does when it is disturbed as usual.
 FEWER = (
-  "imitation.demonstrations=8", "imitation.updates=20", "imitation.optimiser.warmup_steps=5", "preference.starts=3",
-  "preference.updates=2", "interaction.iterations=2", "evaluation.episodes=4", "report.videos=1",
+  "imitation.demonstrations=8", "imitation.expert_noise=0.1", "imitation.updates=20",
+  "imitation.optimiser.warmup_steps=5", "preference.starts=3", "preference.updates=2", "interaction.iterations=2",
+  "evaluation.episodes=4", "report.videos=1",
 )  # fmt: skip
 OTHERS = [pytest.param(name, marks=[pytest.mark.assets] if name in BRIDGE else [])
           for name in tasks.names("maniskill") if name != "pull_cube"]  # fmt: skip
