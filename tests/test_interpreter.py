@@ -26,8 +26,8 @@ from stare_jax.sims.toy import Toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASK = types.SimpleNamespace(env_id="Toy", actors=("cube", None), camera=None, env_options={})
-WORKER_SIDE = ("episode.py", "sims/__init__.py", "sims/pool.py", "sims/toy.py", "sims/bridge.py", "sims/maniskill.py",
-               "sims/simpler.py")  # fmt: skip
+SIMS = sorted((ROOT / "stare_jax" / "sims").glob("*.py"))
+WORKER_SIDE = ("episode.py", "suites.py", *(f"sims/{path.name}" for path in SIMS))
 
 
 def make_python(folder: pathlib.Path, *packages: str) -> str:
