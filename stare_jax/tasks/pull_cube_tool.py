@@ -65,6 +65,8 @@ PULL_CUBE_TOOL = Task(
   name="pull_cube_tool",
   env_id="PullCubeTool-v1",
   instruction="pull the cube with the hook",
+  phrasings=("move the block toward the robot with the hook", "hook the cube and pull it to the robot",
+             "grasp the hook and pull the block with it"),
   stages=(
     Stage("Reach", rules.any_of(TOUCHING, rules.succeeded), TO_HANDLE, scale=0.2),
     Stage("Grasp", rules.any_of(rules.grasped, rules.succeeded), TO_HANDLE, scale=0.05),
