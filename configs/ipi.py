@@ -55,7 +55,7 @@ PRESETS["openvla_7b_lora"] = SEVEN_B | {  # adapters on frozen bfloat16 weights,
   "interaction.optimiser.value_lr_scale": 30.0,
 }  # fmt: skip
 
-# What a method changes, after its preset. docs/method.md tells what each stands for and what it keeps of its source.
+# What a method changes, after its preset. docs/baselines.md tells what each stands for and what it keeps of its source.
 SFT = {"phases": ("imitation",)}
 STA_TPO = {  # the paper's form: whole rollouts, stages of them where the one before was completed, their costs
   "phases": ("imitation", "preference"), "preference.parts_before": 0, "preference.tail": 0,
@@ -91,7 +91,7 @@ METHODS = {
   # Ablations: of sta_tpo the first two, of sta_ppo the others.
   "no_cost": STA_TPO | {"preference.hp.cost_weight": 0.0},
   "no_gating": STA_TPO | {"preference.hp.gating": False},
-  "offset_0": STA_PPO | {"interaction.offset": 0.0, "interaction.success_reward": 2.0},  # that of three stages at 0.5
+  "offset_0": STA_PPO | {"interaction.offset": 0.0},
   "no_potential": STA_PPO | {"interaction.reward": "stages"},
 }  # fmt: skip
 
@@ -123,7 +123,7 @@ def interaction() -> dict:
     stop_on_success=True,  # False: episodes of a fixed length, for a reward that goes on after the first success
     bootstrap=True,  # False: nothing is worth anything after the time limit
     offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
-    success_reward=0.0,  # 0: K * offset + 0.5, more than any potential that success ends
+    success_reward=0.0,  # 0: K * max(offset, 0.5) + 0.5, more than any potential that success ends
     optimiser=dict(
       learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
     ),

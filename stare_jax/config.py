@@ -23,6 +23,7 @@ CHOICES = {
   "interaction.hp.ratio": ("action", "token"), "imitation.optimiser.schedule": ("constant", "cosine"),
   "preference.optimiser.schedule": ("constant", "cosine"),
 }  # fmt: skip
+STOPPED = 75  # exit status (EX_TEMPFAIL): what starts runs may start this one again, which 0 would call finished
 PHASES = ("imitation", "preference", "interaction")
 OF_A_CHECKPOINT = (  # fields of the policy's configuration that a public checkpoint decides
   "image_size", "patch_size", "dino", "siglip", "projector", "llm_width", "llm_depth", "llm_head_size", "llm_mlp",

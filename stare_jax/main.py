@@ -32,7 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags
 from ml_collections import config_flags
 
-STOPPED = 75  # sysexits' EX_TEMPFAIL: what starts runs may start this one again, which 0 would call finished
+from stare_jax.config import STOPPED
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/ipi.py.", lock_config=True)
 log = logging.getLogger("stare_jax")

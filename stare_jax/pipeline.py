@@ -245,7 +245,8 @@ def open_folder(run: Run) -> None:
     if checkpoint.latest(folder := checkpoint_dir(run, phase)) is not None:
       meta = checkpoint.read_meta(folder)
       run.env_steps[phase], run.seconds[phase] = meta["env_steps"], meta["seconds"]
-    if (path := run.workdir / "evaluations" / f"{phase}.json").exists():
+    path = run.workdir / "evaluations" / f"{phase}.json"
+    if phase not in run.config.phases and path.exists():  # the others' are looked at anew
       run.results[phase] = json.loads(path.read_text())
   if run.config.init_from:
     read_statistics(pathlib.Path(run.config.init_from))

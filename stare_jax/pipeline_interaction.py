@@ -125,7 +125,7 @@ def with_values(rows: Sequence[Sequence[StagedEpisode]], features: Any, critic: 
 
 
 def with_success_reward(c: Any, num_stages: int) -> Any:
-  """The configuration with `success_reward` filled in where it is 0 (automatic): K * offset + 0.5.
+  """The configuration with `success_reward` filled in where it is 0 (automatic): K * max(offset, 0.5) + 0.5.
 
   That is more than any potential, (K - 1) * offset + sigmoid(1) at offset 0.5. A success ends the potential it has
   (Phi of a terminal state is 0), and a critic that is still at zero would otherwise call it a loss.
@@ -134,7 +134,7 @@ def with_success_reward(c: Any, num_stages: int) -> Any:
     return c
   c = c.copy_and_resolve_references()
   with c.unlocked():
-    c.success_reward = num_stages * c.offset + 0.5
+    c.success_reward = num_stages * max(c.offset, 0.5) + 0.5
   return c
 
 

@@ -8,7 +8,8 @@ seed (method sft) comes first and the other methods go on from its checkpoint. T
 cells are skipped, and one that was stopped or killed continues from its last checkpoint. Results are written whenever a
 cell is finished: results.md and results.html, and at the end curves-<task>.svg and .png.
 
-Status 0: all cells finished, or stopped by Ctrl-C or SIGTERM; 1: some cells failed; 2: a mistake in the input.
+Status 0: all cells finished; 75: stopped by Ctrl-C or SIGTERM, and the same command goes on; 1: some cells failed; 2: a
+mistake in the input.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from stare_jax import report, study_cells, study_report
-from stare_jax.config import ConfigError
+from stare_jax.config import STOPPED, ConfigError
 from stare_jax.study_cells import Cell
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The study, such as configs/study.py.", lock_config=True)
@@ -56,21 +57,28 @@ class Runner:
     self.failed: dict[Cell, str] = {}
     self.done: set[Cell] = set()
     self.stopping = False
+    self.stopped: list[Cell] = []
     self.told = time.monotonic()
 
   def stop(self, *_: Any) -> None:
     """Ends the running cells, each with a checkpoint."""
     self.stopping = True
+    self.terminate()
+
+  def terminate(self) -> None:
     for job in self.running.values():
       job.process.terminate()
 
   def run(self) -> None:
     waiting = [cell for cell in self.cells if not self._finished(cell)]
     log.info("%d cells, %d of them finished before", len(self.cells), len(self.done))
-    while self.running or (waiting and not self.stopping):
-      waiting = self._start(waiting)
-      time.sleep(LOOK)
-      self._look()
+    try:
+      while self.running or (waiting and not self.stopping):
+        waiting, self.stopped = self._start(self.stopped + waiting), []
+        time.sleep(LOOK)
+        self._look()
+    finally:
+      self.terminate()  # nothing runs on that nobody looks after
 
   def _finished(self, cell: Cell) -> bool:
     """As `cell.finished()`, whose files need not be read again once it is."""
@@ -103,6 +111,8 @@ class Runner:
         start_new_session=True, pass_fds=(lock.fileno(),),  # the lock is the cell's as long as it lives
       )  # fmt: skip
     self.running[cell] = Running(process, slot, time.monotonic())
+    if self.stopping:  # since it was started
+      process.terminate()
     log.info("%s: started; %s", cell, cell.folder / "log.txt")
     return True
 
@@ -112,7 +122,9 @@ class Runner:
         continue
       del self.running[cell]
       took = report.duration(time.monotonic() - job.began)
-      if self._finished(cell):
+      if job.process.returncode == STOPPED and not self.stopping:
+        self.stopped.append(cell)  # by somebody else: it goes on where it was
+      elif self._finished(cell):
         log.info("%s: %s, after %s", cell, cell.result(), took)
         study_report.write(self.workdir, self.config, self.cells, pictures=False)
       elif not self.stopping:
@@ -175,13 +187,15 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, runner.stop)
     runner.run()
+  elif not any(cell.finished() for cell in cells) and any(workdir.glob("*/*/seed*/summary.json")):
+    fail(f"{workdir} holds finished runs, but none of this study: give the settings with which it was run")
   written = study_report.write(workdir, config, cells)
   print("\n".join(["Results:", *map(str, written)]))
+  if runner.failed:
+    log.info("%d of %d cells failed: %s", len(runner.failed), len(cells), ", ".join(map(str, runner.failed)))
   if runner.stopping:
     log.info("stopped; the same command goes on")
-  elif runner.failed:
-    log.info("%d of %d cells failed: %s", len(runner.failed), len(cells), ", ".join(map(str, runner.failed)))
-    sys.exit(1)
+  sys.exit(STOPPED if runner.stopping else 1 if runner.failed else 0)
 
 
 def fail(message: str) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import pathlib
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from stare_jax import pipeline_check, report
@@ -50,20 +51,26 @@ class Cell:
       return False
     with open(self.lock, "w") as file:
       try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not see each other
       except BlockingIOError:
         return True
     return False
 
   def finished(self) -> bool:
-    """Whether this very command came to its end: its last phase is whole and evaluated."""
+    """Whether this command came to its end, wherever the folder was then: its last phase is whole and evaluated."""
     path, phase = self.folder / "summary.json", self.phases[-1]
     if not path.exists() or self.busy():
       return False
     summary = json.loads(path.read_text())
     rows = [row["step"] for row in report.read_metrics(self.folder / "metrics.jsonl") if row["phase"] == phase]
     whole = bool(rows) and rows[-1] == self.total
-    return whole and phase in summary["phases"] and summary["command"] == shlex.join(self.command)
+    return whole and phase in summary["phases"] and said(shlex.split(summary["command"])) == said(self.command)
+
+  @property
+  def env_steps(self) -> int:
+    """Environment steps after its start, of rollouts for pairs and of Interaction."""
+    steps = json.loads((self.folder / "summary.json").read_text())["env_steps"]
+    return sum(steps.get(name, 0) for name in ("preference rollouts", "interaction"))
 
   def evaluation(self) -> dict | None:
     """evaluations/<the last phase>.json, if it is there."""
@@ -85,6 +92,11 @@ class Cell:
     return "\n".join(f"  {line}" for line in said[-lines:])
 
 
+def said(command: Sequence[str]) -> list[str]:
+  """What a command asks for; the paths in it may have been spelled or mounted otherwise."""
+  return [part for part in command if not part.startswith(("--workdir=", "--config.init_from="))]
+
+
 def make(c: Any, workdir: pathlib.Path, base: Any) -> list[Cell]:
   """All cells of the study `c`, in the order in which they are started; `base` is the module with `get_config`.
 
@@ -100,6 +112,9 @@ def make(c: Any, workdir: pathlib.Path, base: Any) -> list[Cell]:
   for pair in c.compare:
     if pair.count(":") != 1:
       raise ConfigError(f'compare names "{pair}": expected two methods, such as "ppo_clean:sta_ppo"')
+    for method in pair.split(":"):
+      if method not in (known := (START, *c.methods)):
+        raise ConfigError(f'compare names "{pair}", but the study has no method "{method}": {suggest(method, known)}')
   return cells
 
 
@@ -131,7 +146,7 @@ def make_cell(c: Any, workdir: pathlib.Path, base: Any, task: str, method: str, 
 
 def read(text: str, config: Any, name: str) -> Any:
   """A field's value from its text, as a flag would be read. Raises: ConfigError for an unknown field or a bad value."""
-  fields = known(config)
+  fields = dotted(config)
   if name not in fields:
     raise ConfigError(f'unknown field "{name}": {suggest(name, tuple(fields))}')
   if isinstance(fields[name], str):
@@ -142,9 +157,9 @@ def read(text: str, config: Any, name: str) -> Any:
     raise ConfigError(f'{name}="{text}": expected a {type(fields[name]).__name__}') from None
 
 
-def known(config: Any, prefix: str = "") -> dict[str, Any]:
+def dotted(config: Any, prefix: str = "") -> dict[str, Any]:
   """{"preference.starts": 160, ...}: every field of a configuration under its dotted name."""
   out: dict[str, Any] = {}
   for name, value in config.items():
-    out |= known(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}
+    out |= dotted(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}
   return out

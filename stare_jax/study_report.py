@@ -93,7 +93,7 @@ def evaluations(cells: Sequence[Any], task: str) -> dict[str, dict[int, dict]]:
   out: dict[str, dict[int, dict]] = {}
   for cell in cells:
     if cell.task == task and cell.finished():
-      out.setdefault(cell.method, {})[cell.seed] = cell.evaluation()
+      out.setdefault(cell.method, {})[cell.seed] = cell.evaluation() | {"env_steps": cell.env_steps}
   return out
 
 
@@ -130,13 +130,14 @@ def percent(value: float) -> str:
   return f"{100 * value:.1f}"
 
 
-def text(e: Estimate | None, *, each: bool = False, signed: bool = False) -> str:
-  """"54.2 [40.1, 68.3]", in percent; with the values of the seeds behind it where asked for."""
+def text(e: Estimate | None, *, each: bool = False, signed: bool = False, of: int = 0) -> str:
+  """"54.2 [40.1, 68.3]", in percent; behind it the seeds' values where asked for, or their number if it is not `of`."""
   if e is None:
     return "–"
   show = (lambda v: f"{100 * v:+.1f}") if signed else percent
   limits = "" if e.low is None or e.high is None else f" [{show(e.low)}, {show(e.high)}]"
-  return show(e.mean) + limits + (f" ({', '.join(map(show, e.values))})" if each else "")
+  some = f" ({len(e.values)} of {of} seeds)" if of > len(e.values) else ""
+  return show(e.mean) + limits + (f" ({', '.join(map(show, e.values))})" if each else "") + some
 
 
 def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Sequence[str]) -> list[tuple]:
@@ -147,14 +148,17 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
   for method, by_seed in found.items():
     once, end = (estimate(list(rates(by_seed, key).values())) for key in ("success_once", "success_at_end"))
     by_stage = stage_rates(by_seed)
-    main.append((method, str(len(by_seed)), text(once, each=True), text(end), *(text(by_stage[s]) for s in stages)))
+    steps = max(evaluation["env_steps"] for evaluation in by_seed.values())
+    main.append((method, str(len(by_seed)), f"{steps:,}", text(once, each=True), text(end),
+                 *(text(by_stage[s], of=len(by_seed)) for s in stages)))  # fmt: skip
   pairs = [tuple(pair.split(":")) for pair in compare]
   pairs += [(START, method) for method in found if method != START]
   for a, b in pairs:
     if a in found and b in found:
       changes = [difference(rates(found[a], key), rates(found[b], key)) for key in ("success_once", "success_at_end")]
       differences.append((f"{b} − {a}", *(text(change, each=True, signed=True) for change in changes)))
-  header = ("method", "seeds", "success once, % (each seed)", "at end, %", *(f"{stage}, %" for stage in stages))
+  header = ("method", "seeds", "environment steps", "success once, % (each seed)", "at end, %",
+            *(f"{stage}, %" for stage in stages))  # fmt: skip
   title = f"{task}: {any_of['episodes']} episodes a seed, temperature {any_of['temperature']:g}"
   return [
     (title, header, main),
@@ -169,7 +173,8 @@ NOTE = (
 )
 CURVE_NOTE = (
   f"Success of the training rollouts, in each seed a centred mean over {SMOOTHING} iterations; the line is the mean "
-  f"over seeds, the band Student's 95 % interval of it. The evaluations above have the figures to quote."
+  f"over seeds, the band Student's 95 % interval of it. A rollout is interaction.steps long, which may be less than an "
+  f"episode; what Preference used is not on the axis. The evaluations above have the figures to quote."
 )
 
 
