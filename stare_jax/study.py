@@ -33,11 +33,7 @@ from stare_jax import report, study_cells, study_report
 from stare_jax.config import STOPPED, ConfigError
 from stare_jax.study_cells import Cell
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The study, such as configs/study.py.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", "", "The folder of the study.")
-JOBS = flags.DEFINE_integer("jobs", 1, "Cells that run side by side.", lower_bound=1)
-THREADS = flags.DEFINE_integer("threads", 0, "Cores of a cell; 0: as many as it likes.", lower_bound=0)
-REPORT = flags.DEFINE_bool("report", False, "Only write the results of what is there.")
+FLAGS = flags.FLAGS
 log = logging.getLogger("stare_jax")
 LOOK, TELL = 1.0, 60.0  # seconds between two looks at the running cells, and between two lines about them
 
@@ -174,16 +170,16 @@ def load_base(path: str) -> Any:
 def main(argv: list[str]) -> None:
   logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
   log.setLevel(logging.INFO)
-  if len(argv) > 1 or CONFIG.value is None or not WORKDIR.value:
+  if len(argv) > 1 or FLAGS.config is None or not FLAGS.workdir:
     fail("expected --config=configs/study.py --workdir=DIR and settings as flags, such as --config.seeds='(0,1)'"
          + (f"; got {argv[1:]}" if len(argv) > 1 else ""))
-  config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
+  config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
   try:
     cells = study_cells.make(config, workdir, load_base(config.base))
   except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
     fail(f"{type(error).__name__}: {error}")
-  runner = Runner(cells, workdir, config, jobs=JOBS.value, threads=THREADS.value)
-  if not REPORT.value:
+  runner = Runner(cells, workdir, config, jobs=FLAGS.jobs, threads=FLAGS.threads)
+  if not FLAGS.report:
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, runner.stop)
     runner.run()
@@ -203,5 +199,15 @@ def fail(message: str) -> None:
   sys.exit(2)
 
 
+def define_flags() -> None:
+  """Not when this is imported: `stare_jax.main` has flags of the same names."""
+  config_flags.DEFINE_config_file("config", None, "The study, such as configs/study.py.", lock_config=True)
+  flags.DEFINE_string("workdir", "", "The folder of the study.")
+  flags.DEFINE_integer("jobs", 1, "Cells that run side by side.", lower_bound=1)
+  flags.DEFINE_integer("threads", 0, "Cores of a cell; 0: as many as it likes.", lower_bound=0)
+  flags.DEFINE_bool("report", False, "Only write the results of what is there.")
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -138,7 +138,7 @@ def test_a_dead_worker_is_reported_and_changes_nothing(tmp_path, toy_environment
   launch = Launch(workdir, toy_environment)
   assert launch.wait_for(lambda: rows(workdir, "imitation") >= 1), launch.log.read_text()
   children = pathlib.Path(f"/proc/{launch.process.pid}/task/{launch.process.pid}/children").read_text().split()
-  workers = [int(pid) for pid in children if b"worker_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+  workers = [int(pid) for pid in children if b"boot.py" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
   assert len(workers) == 2
   subprocess.run(["kill", "-KILL", str(workers[0])], check=True)
   assert launch.process.wait() == 0, launch.log.read_text()

@@ -63,7 +63,7 @@ class Together:
     pid = self.processes[i].pid
     children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     command = lambda child: pathlib.Path(f"/proc/{child}/cmdline").read_bytes()
-    return {int(child) for child in children if b"worker_main" in command(child)}
+    return {int(child) for child in children if b"boot.py" in command(child)}
 
   def __enter__(self) -> Together:
     return self
