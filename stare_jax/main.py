@@ -68,12 +68,14 @@ def main(argv: list[str]) -> int | None:
   except (ValueError, OSError) as error:
     fail(describe(error))
 
+  from stare_jax import processes
+
+  processes.keep_memory()
   if DISTRIBUTED.value != "off":
     join()
 
-  from stare_jax import pipeline, pipeline_suites, processes
+  from stare_jax import pipeline, pipeline_suites
 
-  processes.keep_memory()
   log.info("run folder: %s", workdir)
   job = pipeline_suites if "suites" in config else pipeline
   try:

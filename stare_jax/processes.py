@@ -57,7 +57,7 @@ def keep_memory() -> None:
     adjust = ctypes.CDLL(None).mallopt
     adjust(-8, 1)  # M_ARENA_MAX: only the first arena may grow without end, others map what is large
     adjust(-4, 0)  # M_MMAP_MAX: so it is not mapped
-    adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and kept
+    adjust(-1, -1)  # M_TRIM_THRESHOLD: and never given back
 
 
 # Who takes part ---------------------------------------------------------------------------------------------

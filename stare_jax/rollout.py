@@ -271,7 +271,7 @@ class PolicyActor:
     act: from `compile_act`.
     policy: encodes observations and decodes tokens.
     params: the parameters.
-    key: uint32 key data; with the start and the step it fixes every sample.
+    key: a typed PRNG key; with the start and the step it fixes every sample.
     temperature: of sampling; 0 takes the most likely token.
     instruction: what the policy is told, or what says it of a start.
   """

@@ -206,11 +206,16 @@ def _moved(i: Instruction, types: dict[str, str], computations: Computations) ->
     return 2 * size(i.type, hbm=True)
   if i.opcode == "dynamic-update-slice":
     return 2 * size(types.get(i.operands[1], ""), hbm=True)
-  fused = next((computations[name] for role, name in _callees(i) if role == "calls" and name in computations), None)
+  fused = _fused(i, computations)
   if fused is None:
     return size(i.type, hbm=True) + sum(size(types.get(o, ""), hbm=True) for o in i.operands)
   whole = [size(types.get(operand, ""), hbm=True) for operand in i.operands]
   return _written(i, fused) + sum(_read(fused, number, n, computations) for number, n in enumerate(whole))
+
+
+def _fused(i: Instruction, computations: Computations) -> list[Instruction] | None:
+  """The instructions of a fusion."""
+  return next((computations[name] for role, name in _callees(i) if role == "calls" and name in computations), None)
 
 
 def _written(i: Instruction, fused: list[Instruction]) -> float:
@@ -234,7 +239,7 @@ def _read(fused: list[Instruction], number: int, whole: float, computations: Com
   for x in (x for x in fused if parameter.name in x.operands):
     if x.opcode in ("dynamic-slice", "slice", "gather") and x.operands[0] == parameter.name:
       total += size(x.type)
-    elif inner := next((computations[name] for role, name in _callees(x) if role == "calls"), None):
+    elif inner := _fused(x, computations):
       total += sum(_read(inner, i, whole, computations) for i, o in enumerate(x.operands) if o == parameter.name)
     elif x.opcode != "dynamic-update-slice" or x.operands[0] != parameter.name:
       return whole

@@ -179,6 +179,8 @@ def constrain(x: jax.Array, *words: str | None) -> jax.Array:
 def constrain_params(params: Any, param_axes: ParamAxes, prefix: str = "") -> Any:
   """Pins a part of the parameters, such as one layer inside a scan, and so its gradient, to the pieces of its rule.
 
+  An axis that does not divide stays whole; where parameters are trained, `param_shardings` has refused it before.
+
   prefix: the path of this part. Without a mesh this is `params`.
   """
   mesh = jax.sharding.get_abstract_mesh()
@@ -186,9 +188,17 @@ def constrain_params(params: Any, param_axes: ParamAxes, prefix: str = "") -> An
     return params
 
   def pin(path: Any, x: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, param_spec(prefix + path_name(path), tuple(x.shape), param_axes, mesh))
+    spec = _spec_or_whole(prefix + path_name(path), tuple(x.shape), param_axes, mesh)
+    return jax.lax.with_sharding_constraint(x, spec)
 
   return jax.tree_util.tree_map_with_path(pin, params)
+
+
+def _spec_or_whole(path: str, shape: tuple[int, ...], param_axes: ParamAxes, mesh: Any) -> P:
+  try:
+    return param_spec(path, shape, param_axes, mesh)
+  except ValueError:
+    return P()
 
 
 def local_batch_shards(mesh: Mesh) -> int:
@@ -277,19 +287,17 @@ def acting_mesh(mesh: Mesh | None, process: int | None = None) -> Mesh | None:
   if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
     return None
   process = jax.process_index() if process is None else process
-  own = sorted((d for d in mesh.devices.flat if d.process_index == process), key=lambda device: device.id)
-  return make_mesh({"tensor": len(own)}, own)
+  own = [d for d in mesh.devices.flat if d.process_index == process]
+  if len(own) < mesh.size:
+    return make_mesh({"tensor": len(own)}, sorted(own, key=lambda device: device.id))
+  # All of them stay in the run's order: then one compiled program cuts an array anew, without a way through the host.
+  return Mesh(np.array(own).reshape(1, 1, -1), MESH, axis_types=(AxisType.Auto,) * len(MESH))
 
 
 def acting_shardings(params: Any, param_axes: ParamAxes | None, own: Mesh) -> Any:
   """A NamedSharding on an acting mesh for every parameter; whole on each device where an axis does not divide."""
-
-  def rule(path: Any, x: Any) -> NamedSharding:
-    with contextlib.suppress(ValueError):
-      return NamedSharding(own, param_spec(path_name(path), tuple(x.shape), param_axes or (), own))
-    return replicated(own)
-
-  return jax.tree_util.tree_map_with_path(rule, params)
+  spec = lambda path, x: _spec_or_whole(path_name(path), tuple(x.shape), param_axes or (), own)
+  return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(own, spec(path, x)), params)
 
 
 def local_copy(
@@ -312,7 +320,9 @@ def local_copy(
   def copy(path: Any, x: jax.Array, where: NamedSharding) -> jax.Array:
     dtype = dtype_of(path_name(path), x) if dtype_of else x.dtype
     if x.is_fully_addressable:  # never left this process
-      return jax.device_put(x.astype(dtype), where)
+      if x.sharding.device_set != where.device_set:
+        return jax.device_put(x.astype(dtype), where)
+      return jax.jit(_cast, static_argnames="dtype", out_shardings=where)(x, dtype=dtype)
     whole = functools.partial(jax.jit, out_shardings=replicated(x.sharding.mesh), static_argnames="dtype")
     if x.is_fully_replicated or x.ndim < 3 or any(s.spec and s.spec[0] for s in (x.sharding, where)):
       return _cut(whole(_cast)(x, dtype=dtype), where)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stare_jax import policies
-from stare_jax.policies import openvla, sizes, tokenizer
+from stare_jax.policies import layers, openvla, sizes, tokenizer
 
 NANO = dict(
   image_size=8,
@@ -88,6 +88,13 @@ def log_softmax(logits):
 def log_prob(logits, tokens, temperature=1.0):
   logp = log_softmax(np.asarray(logits) / temperature)
   return np.take_along_axis(logp, np.asarray(tokens)[..., None], axis=-1)[..., 0]
+
+
+def test_gelu_in_half_the_bits_is_rounded_once():
+  """Its negative tail is 0 if 1 + erf is rounded before the product."""
+  x = jnp.linspace(-5, 5, 1001).astype(jnp.bfloat16)
+  exact = gelu(np.asarray(x, np.float64))
+  np.testing.assert_allclose(np.asarray(layers.gelu(x), np.float64), exact, rtol=2**-8, atol=1e-6)
 
 
 # The whole network again, in float64 numpy: loops over rows, heads and layers, no padding, no cache.

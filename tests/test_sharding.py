@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from stare_jax import checkpoint, policies, rollout, roofline_hlo, sharding, train
 from stare_jax.losses import ops, preference
+from stare_jax.policies import lora
 
 SGD = optax.sgd(1.0)
 MESHES = {
@@ -337,22 +338,31 @@ def acting(mesh, policy, params, obs):
   return out, sum(c.times * c.size for c in found if c.kind == "all-gather")
 
 
-def test_acting_cuts_heads_and_hidden_units_and_gathers_no_weight():
-  """From parameters cut for training to actions: those of one device, and only activations travel."""
+@pytest.mark.parametrize("devices, sizes, adapted", [
+  (4, {"data": 2, "fsdp": 2}, False), (4, {"fsdp": 4}, True), (6, {"data": 3, "fsdp": 2}, False),
+])  # fmt: skip
+def test_acting_cuts_heads_and_hidden_units_and_gathers_no_weight(devices, sizes, adapted):
+  """From parameters cut for training to actions: those of one device, and only activations travel.
+
+  Over six devices nothing divides: every parameter is whole on each of them.
+  """
   policy = policies.make(name="openvla", size="tiny", stats=STATS, **ACTING)
-  shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  params = jax.tree.map(lambda s: 0.3 * jnp.sin(37.7 * jnp.arange(s.size).reshape(s.shape)), shapes)
+  policy = lora.wrap(policy, lora.make(policy.config, rank=2)) if adapted else policy
+  leaves, tree = jax.tree.flatten(jax.eval_shape(policy.init, jax.random.key(0)))
   rng = np.random.default_rng(0)
+  params = jax.tree.unflatten(tree, [jnp.asarray(0.2 * rng.normal(size=s.shape), s.dtype) for s in leaves])
   obs = policy.encode(rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 2)
   expected, _ = acting(None, policy, params, obs)
-  mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+  assert len(set(np.ravel(expected.tokens).tolist())) > 3
+  mesh = sharding.make_mesh(sizes, jax.devices()[:devices])
   cut = jax.device_put(params, sharding.shardings(params, policy.param_axes, mesh))
   out, gathered = acting(mesh, policy, cut, obs)
   np.testing.assert_array_equal(out.tokens, expected.tokens)
   np.testing.assert_allclose(out.log_prob, expected.log_prob, atol=1e-4)
   np.testing.assert_allclose(out.value, expected.value, rtol=1e-4, atol=1e-5)
-  size = sum(x.nbytes for x in jax.tree.leaves(params["llm"]["layers"]))
-  assert 0 < gathered < 0.2 * size  # an action passes seven times through these layers
+  if not adapted:  # a layer uses its adapters whole
+    size = sum(x.nbytes for x in jax.tree.leaves(params["llm"]["layers"]))
+    assert gathered < 0.2 * size  # an action passes seven times through these layers
 
 
 def test_a_copy_in_the_type_of_its_products_acts_the_same():

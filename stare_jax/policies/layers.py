@@ -95,8 +95,12 @@ def rows(params: Params, x: jax.Array, first: int, end: int) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """The exact form x Phi(x) with erf; the tanh approximation breaks parity with OpenVLA."""
-  return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+  """The exact form x Phi(x) with erf; the tanh approximation breaks parity with OpenVLA.
+
+  In float32 and rounded once, as PyTorch does it: in bfloat16 the sum 1 + erf has no digits left where it is near 0.
+  """
+  y = x.astype(jnp.float32)
+  return (y * (0.5 + 0.5 * jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 def layer_norm(params: Params, x: jax.Array, eps: float) -> jax.Array:

@@ -141,9 +141,9 @@ def init(config: Config, key: jax.Array, part: str = "") -> Params:
 
 
 def acts_in(config: Config, path: str, x: Any) -> Any:
-  """Kernels and tables meet activations in `compute_dtype`; norms and the value head are used as they are."""
+  """Kernels and tables meet activations in `compute_dtype`, if that is smaller; the rest stays as it is."""
   rounded = re.fullmatch(r"(.+/)?(vision|projector|llm)/.*/(kernel|table)", path)
-  return jnp.dtype(config.compute_dtype) if rounded else x.dtype
+  return min(jnp.dtype(config.compute_dtype), x.dtype, key=lambda d: d.itemsize) if rounded else x.dtype
 
 
 def one_layer(params: Params) -> Params:

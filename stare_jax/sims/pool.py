@@ -98,7 +98,8 @@ def _anonymous_file() -> int:
 
 def worker_main(pipe_fd: int, memory_fd: int) -> None:
   """The worker process: build the environments, then answer requests until the pipe closes."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; we end with the pipe
+  for number in (signal.SIGINT, signal.SIGTERM):  # the parent's business, also where a whole job is signalled;
+    signal.signal(number, signal.SIG_IGN)  # we end with the pipe
   pipe = connection.Connection(pipe_fd)
   try:
     start = pipe.recv()
