@@ -139,24 +139,35 @@ def evaluation_starts(task: Any, episodes: int, seed: int) -> list[Start]:
   return [Start(i % task.starts, i // task.starts) for i in range(episodes)]
 
 
+def evaluation_fields(run: Run, sha256: str, suite: suites.Suite | None, block: int, show: int) -> dict[str, Any]:
+  """What decides an evaluation: results of other values are not these. `sha256` is the parameters'."""
+  c = run.config
+  fields = {
+    "params": sha256, "task": run.task.name, "seed": c.seed, "evaluation": c.evaluation,
+    "policy": {k: v for k, v in c.policy.items() if k != "checkpoint"},  # a path; what it holds is in `params`
+    "stats": {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()},
+    "sim": {k: v for k, v in c.sim.items() if k != "python"},
+    "offset": c.interaction.offset, "videos": c.report.videos, "pictures": show,
+  }  # fmt: skip
+  if suite is not None or block:
+    fields |= {"suite": suites.fields(suite, run.task), "block": block}
+  return fields
+
+
 def evaluation(
-  run: Run, label: str, params: Any, *, suite: suites.Suite | None = None, block: int = 0, show: int = 0
-) -> dict:
+  run: Run, label: str, params: Any, *, suite: suites.Suite | None = None, block: int = 0, show: int = 0,
+  sha256: str = "", actor: Any = None,
+) -> dict:  # fmt: skip
   """Roll the policy out on the evaluation seeds, unless evaluations/<label>.json has it of these very parameters.
 
   Args:
     suite: what the episodes have that training's have not; None: nothing.
     block: how many times `evaluation.episodes` starts are left to other evaluations before these begin.
     show: how many episodes' first pictures go to pictures/<label>.jpg.
+    sha256, actor: of these parameters, from a caller that has them already.
   """
   c = run.config.evaluation
-  fields = {f"evaluation.{k}": v for k, v in c.items()} | {
-    "params": run.base.sha256(run.policy, params), "task": run.task.name,
-    "sim": {k: v for k, v in run.config.sim.items() if k != "python"},
-    "offset": run.config.interaction.offset, "videos": run.config.report.videos,
-  }  # fmt: skip
-  if suite is not None or block:
-    fields |= {"suite": suites.fields(suite, run.task), "block": block}
+  fields = evaluation_fields(run, sha256 or run.base.sha256(run.policy, params), suite, block, show)
   digest = checkpoint.config_digest(fields)
   if found := pipeline_together.evaluated(run.workdir / "evaluations" / f"{label}.json", digest):
     return found
@@ -164,7 +175,7 @@ def evaluation(
   starts = evaluation_starts(run.task, (block + 1) * c.episodes, c.seed)[block * c.episodes :]
   here = len(pipeline_together.share(starts))
   with report.Progress(f"{label} evaluation", here, unit="episode", quiet=not processes.first()) as bar:
-    actor = run.actor(params, "evaluation", c.temperature)
+    actor = actor or run.actor(params, "evaluation", c.temperature)
     collector = run.collector(actor, progress=bar, stop_on_success=False)
     with run.changed(suite, actor):
       episodes, images = pipeline_together.episodes(collector, starts)

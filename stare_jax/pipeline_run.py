@@ -185,7 +185,8 @@ class Run:
 
   @contextlib.contextmanager
   def changed(self, suite: suites.Suite | None, actor: PolicyActor) -> Iterator[None]:
-    """Inside, episodes and what the actor is told are as `suite` has them; None changes nothing."""
+    """Inside, episodes are as `suite` has them, and from here on what the actor is told; None: as in training."""
+    actor.instruction = self.task.instruction
     if suite is not None:
       actor.instruction = lambda start: suites.instruction(suite, self.task, start.seed)
       if set(suite.changes) - {"instruction"}:  # which needs nothing of a simulator

@@ -44,12 +44,13 @@ def run(
   try:
     params = starting_params(this, PHASE)
     about["params_sha256"] = this.base.sha256(this.policy, params)
+    actor = this.actor(params, "evaluation", about["temperature"])
     for suite, why in [(suite, why or too_long(this, suite)) for suite, why in wanted]:
       if why:
         log.info("%s: not run: %s", suite.name, why)
         rows.append(report_suites.missing(suite, why))
       else:
-        rows.append(evaluated(this, suite, params))
+        rows.append(evaluated(this, suite, params, about["params_sha256"], actor))
       found = report_suites.table(rows, **about, seconds=time.monotonic() - began, events=list(this.events))
       if processes.first():
         report_suites.write(pathlib.Path(workdir), found)
@@ -58,12 +59,13 @@ def run(
   return found
 
 
-def evaluated(run: Run, suite: suites.Suite, params: Any) -> dict:
+def evaluated(run: Run, suite: suites.Suite, params: Any, sha256: str, actor: Any) -> dict:
   """The row of a suite; those of its seeds that are on disk are read."""
   changed = None if suite is suites.IN_DISTRIBUTION else suite
   results = [
     pipeline.evaluation(
-      run, f"{suite.name}-{block}", params, suite=changed, block=block, show=0 if block else run.config.suites.pictures
+      run, f"{suite.name}-{block}", params, suite=changed, block=block, sha256=sha256, actor=actor,
+      show=0 if block else run.config.suites.pictures,
     )
     for block in range(run.config.suites.seeds)
   ]

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from stare_jax import losses, pipeline_pairs, pipeline_updates, suites, tasks
+from stare_jax.checkpoint import config_digest
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
+from stare_jax.pipeline import evaluation_fields
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
 from stare_jax.pipeline_run import minibatch
+from stare_jax.policies import ActionStats
 from stare_jax.rollout import Start
 from tests import toy_run
 
@@ -195,6 +198,23 @@ def test_rl4vlas_ppo_acts_on_episodes_of_a_fixed_length(tmp_path, toy_environmen
 def test_tasks_of_the_presets_have_stages():
   for name in tasks.names():
     assert tasks.get(name).stages
+
+
+def test_whatever_decides_an_evaluation_is_in_its_digest():
+  config = toy_run.get_config()
+  run = SimpleNamespace(config=config, task=tasks.get("pull_cube"), stats=ActionStats(*np.zeros((3, 7))))
+  digest = lambda suite=None, block=0, show=0: config_digest(evaluation_fields(run, "abc", suite, block, show))
+  seen = [digest(), digest(suites.get("lighting")), digest(block=1), digest(show=3)]
+  config.policy.checkpoint = "elsewhere"  # a path: its parameters are in the digest
+  assert digest() == seen[0]
+  config.seed += 1  # of the actor's samples
+  seen.append(digest())
+  config.policy.unnorm_key = "bridge_orig"
+  seen.append(digest())
+  config.policy.options.patch_size = 16
+  seen.append(digest())
+  run.stats = ActionStats(*np.ones((3, 7)))  # decodes the same tokens to other actions
+  assert len({*seen, digest()}) == 8
 
 
 def test_a_checkpoint_under_suites_resumed(tmp_path, toy_environment, uninterrupted):
