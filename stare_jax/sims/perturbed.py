@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from stare_jax import suites
-from stare_jax.sims import lite, textures
+from stare_jax.sims import SimulatorError, lite, textures
 from stare_jax.sims.bridge import FRAME, Bridge
 from stare_jax.sims.maniskill import ManiSkill
 
-_CLEAR = 0.07  # metres on the table between the tool and what is put there
+_CLEAR = 0.05  # metres on the table between the tool and the sides of what is put there
+_BESIDE = 0.03  # and between a distractor and everything else
 _ABOVE = 0.06  # metres that the tool stays above it, whatever the joints' angles
 _TRIES = 200
 _GAMMA = 2.2  # of sRGB, nearly
@@ -33,7 +34,7 @@ class Perturbed(ManiSkill):
   _undo: tuple[Callable[[], None], ...] = ()  # puts back what the last episode changed
   _overlay: tuple[np.ndarray, float] | None = None  # a picture and how much of it is seen
   _noise: np.ndarray | None = None
-  _move: tuple[int, np.ndarray] | None = None  # a control step, and the places (x, y) to try there
+  _move: tuple[int, float, np.ndarray] | None = None  # a control step, a least distance, and places (x, y) to try then
 
   def reset(self, seed: int, suite: dict[str, Any] | None = None) -> None:
     """The initial state that `seed` names, changed as `suite` (see `suites.for_worker`) says."""
@@ -50,9 +51,12 @@ class Perturbed(ManiSkill):
         getattr(self, f"_change_{kind}")(**ranges)
 
   def step(self, action: np.ndarray) -> None:
-    """One control step; before it, the object moves where a suite says so."""
-    if self._move is not None and len(self._actions) == self._move[0]:
-      self._put(self._move[1])
+    """One control step; before it, the object moves where a suite says so, or in a later one if it cannot in this."""
+    if self._move is not None and len(self._actions) >= self._move[0]:
+      _, least, places = self._move
+      here = self._body.entity.pose.p[:2]
+      if self._put(places[np.linalg.norm(places - here, axis=1) >= least]):
+        self._move = None
     super().step(action)
 
   def _set(self, thing: Any, name: str, value: Any) -> None:
@@ -152,37 +156,43 @@ class Perturbed(ManiSkill):
       here = self._tcp.pose.p
       far = tool[0] <= np.linalg.norm(here - place) <= tool[1]
       if far and here[2] >= self.TABLE + _ABOVE and self._in_view(here):
-        break
-    self._env.agent.reset(init_qpos=qpos)
+        return self._env.agent.reset(init_qpos=qpos)
+    raise self._nowhere("another pose of the arm")
 
   def _change_place(self) -> None:
     """Puts the object outside the inner rectangle of its region and inside the outer one."""
     region = self._suite["region"]
     places = self._rng.uniform(region["outer_low"], region["outer_high"], (_TRIES, 2))
-    self._put(places[((places < region["low"]) | (places > region["high"])).any(axis=1)])
+    if not self._put(places[((places < region["low"]) | (places > region["high"])).any(axis=1)]):
+      raise self._nowhere("a place for the object outside the range of training")
+
+  def _nowhere(self, what: str) -> SimulatorError:
+    return SimulatorError(f"{self._env_id}, suite {self._suite['name']}, seed {self._seed}: {_TRIES} draws found not "
+                          f"{what}; change the suite's ranges or the task's region")
 
   def _change_move(self, step: tuple[int, int], least: float) -> None:
     region = self._suite["region"]
     at = int(self._rng.integers(step[0], step[1] + 1))
-    places = self._rng.uniform(region["low"], region["high"], (_TRIES, 2))
-    self._move = at, places[np.linalg.norm(places - self._body.entity.pose.p[:2], axis=1) >= least]
+    self._move = at, least, self._rng.uniform(region["low"], region["high"], (_TRIES, 2))
 
-  def _put(self, places: np.ndarray) -> None:
-    """Puts the object at the first of `places` float64[n, 2] that is clear of the tool and the goal.
+  def _put(self, places: np.ndarray) -> bool:
+    """Puts the object at the first of `places` float64[n, 2] that is clear of the tool and the goal, if there is one.
 
     Height and orientation stay; what belongs along with it moves as it does. One that is held stays where it is.
     """
     body = self._body.entity
     moving = [body, *(getattr(self._env, name)._objs[0] for name in self._suite["region"]["along"])]
-    standing, tool = self._standing(moving), [self._tcp]
-    free = [p for p in places if _distance(p, standing) >= self.GAP and _distance(p, tool) >= _CLEAR]
+    standing, box = self._standing(moving), _box(body)
+    from_tool = lambda place: _outside(self._tcp.pose.p[:2] - (place - body.pose.p[:2]), box)
+    free = [p for p in places if _distance(p, standing) >= self.GAP and from_tool(p) >= _CLEAR]
     if not free or bool(self._is_grasping(self._object)):
-      return
+      return False
     by, asleep = np.array([*(free[0] - body.pose.p[:2]), 0.0]), self._body.is_sleeping
     for entity in moving:
       entity.pose = type(entity.pose)(entity.pose.p + by, entity.pose.q)
     self._body.linear_velocity = self._body.angular_velocity = np.zeros(3)
     self._body.put_to_sleep() if asleep else self._body.wake_up()  # a round thing that lay still does so there, too
+    return True
 
   def _standing(self, moving: Sequence[Any]) -> list[Any]:
     """The goal, if it is a thing that stands on the table and not one of `moving`: no object belongs into it."""
@@ -202,11 +212,13 @@ class Perturbed(ManiSkill):
     ball = rng.random() < 0.4
     size = np.full(3, rng.uniform(*half)) if ball else rng.uniform(*half, 3)
     material = sapien.render.RenderMaterial(base_color=[*np.power(colours[rng.integers(len(colours))], _GAMMA), 1.0])
-    spots = [self._body.entity, self._tcp, *([] if self._goal is None else [self._goal._objs[0]])]
-    spots += [getattr(self._env, name)._objs[0] for name in region["along"]]
-    places = rng.uniform(region["low"], region["high"], (_TRIES, 2))
-    far = [_distance(place, spots) for place in places]
-    place, angle = places[int(np.argmax(np.minimum(far, self.GAP)))], rng.uniform(-np.pi, np.pi) / 2
+    others = [self._body.entity, self._tcp, *([] if self._goal is None else [self._goal._objs[0]])]
+    boxes = [_box(e) for e in [*others, *(getattr(self._env, name)._objs[0] for name in region["along"])]]
+    places, reach = rng.uniform(region["low"], region["high"], (_TRIES, 2)), float(np.linalg.norm(size[:2]))
+    far = [min(_outside(place, box) for box in boxes) for place in places]
+    if max(far) < reach:
+      raise self._nowhere("a place for a distractor")
+    place, angle = places[int(np.argmax(np.minimum(far, reach + _BESIDE)))], rng.uniform(-np.pi, np.pi) / 2
     builder = self._env.scene.sub_scenes[0].create_actor_builder()
     if ball:
       builder.add_sphere_collision(radius=size[0])
@@ -307,10 +319,8 @@ class Photographed(Perturbed, Bridge):
 
 def _materials(entity: Any) -> list[Any]:
   """Every material that an entity is drawn with."""
-  import sapien.render
-
-  body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-  return [part.material for shape in body.render_shapes for part in getattr(shape, "parts", (shape,))]
+  shapes = lite.render_body(entity).render_shapes
+  return [part.material for shape in shapes for part in getattr(shape, "parts", (shape,))]
 
 
 def _on_card(picture: np.ndarray) -> Any:
@@ -324,6 +334,20 @@ def _on_card(picture: np.ndarray) -> Any:
 def _distance(place: np.ndarray, entities: Sequence[Any]) -> float:
   """Metres on the table from (x, y) to the nearest of `entities`; infinite where there are none."""
   return min((float(np.linalg.norm(place - entity.pose.p[:2])) for entity in entities), default=np.inf)
+
+
+def _box(entity: Any) -> np.ndarray:
+  """float64[2, 2], metres: opposite corners (x, y) of what an entity takes on the table; else of its place."""
+  import sapien.physx
+
+  body = entity.find_component_by_type(sapien.physx.PhysxRigidBaseComponent)
+  corners = body.compute_global_aabb_tight() if body is not None and body.collision_shapes else [entity.pose.p] * 2
+  return np.array(corners)[:, :2]
+
+
+def _outside(place: np.ndarray, box: np.ndarray) -> float:
+  """Metres from (x, y) to the nearest point of a `_box`; 0 inside."""
+  return float(np.linalg.norm(place - np.clip(place, *box)))
 
 
 def _rotation(axis: np.ndarray, angle: float) -> np.ndarray:
