@@ -16,7 +16,7 @@ from stare_jax.pipeline import evaluation_starts
 from stare_jax.policies.sizes import TINY
 from stare_jax.policies.tokenizer import WordTokenizer
 from stare_jax.rollout import Collector, ExpertActor, Start
-from stare_jax.sims import textures
+from stare_jax.sims import maniskill, textures
 from stare_jax.sims.toy import Toy
 
 SIZE = 48
@@ -292,6 +292,35 @@ def test_objects_go_where_suites_put_them(real):
       np.testing.assert_allclose(
         np.diff(moved["goal_pose"][:, :2], axis=0)[at], np.diff(moved["object_pose"][:, :2], axis=0)[at], atol=2e-3
       )
+
+
+@pytest.mark.sim
+def test_long_objects_have_room():
+  """A peg is longer than its region's half: nothing is put into it, nor it into anything."""
+  task = tasks.get("lift_peg_upright")
+  rest = np.tile(np.array([0, 0, 0, 0, 0, 0, 1], np.float32), (8, 1))
+  with sims.make(task=task, num_envs=1, num_workers=1, image_size=SIZE, draw=False) as sim:
+    for seed in range(40, 56):
+      lying = unpack_signals(play(task, sim, suites.get("distractor"), seed, plan=rest[:4])[1])
+      assert np.ptp(lying["object_pose"], axis=0).max() < 1e-5, f"seed {seed}: the distractor pushes the peg"
+      moved = unpack_signals(play(task, sim, suites.get("object_moved"), seed, plan=rest)[1])
+      jumps = np.linalg.norm(np.diff(moved["object_pose"][:, :2], axis=0), axis=1)
+      assert jumps.max() >= 0.06 and np.sort(jumps)[-2] < 1e-4, f"seed {seed}: {jumps}"
+      assert moved["object_pose"][-1, 2] == pytest.approx(moved["object_pose"][0, 2], abs=1e-4)
+
+
+@pytest.mark.sim
+def test_a_suite_that_finds_no_place_says_so():
+  task, suite = tasks.get("pick_cube"), suites.get("object_position")
+  env = maniskill.make(**sims.spec(task, 16, draw=False))
+  change = suites.for_worker(suite, task)
+  change["region"] |= dict(outer_low=task.region.low, outer_high=task.region.high)
+  with pytest.raises(sims.SimulatorError, match="object_position, seed 3.*outside the range of training"):
+    env.reset(3, change)
+  change = suites.for_worker(suites.get("arm_pose"), task)
+  change["changes"]["arm"]["tool"] = (2.0, 3.0)
+  with pytest.raises(sims.SimulatorError, match="another pose of the arm"):
+    env.reset(3, change)
 
 
 @pytest.mark.sim

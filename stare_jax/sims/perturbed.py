@@ -17,8 +17,8 @@ from stare_jax.sims import SimulatorError, lite, textures
 from stare_jax.sims.bridge import FRAME, Bridge
 from stare_jax.sims.maniskill import ManiSkill
 
-_CLEAR = 0.05  # metres on the table between the tool and the sides of what is put there
-_BESIDE = 0.03  # and between a distractor and everything else
+_CLEAR = 0.05  # metres between the tool and the bounding box of what is put elsewhere
+_BESIDE = 0.03  # metres on the table between a distractor and everything else
 _ABOVE = 0.06  # metres that the tool stays above it, whatever the joints' angles
 _TRIES = 200
 _GAMMA = 2.2  # of sRGB, nearly
@@ -183,7 +183,7 @@ class Perturbed(ManiSkill):
     body = self._body.entity
     moving = [body, *(getattr(self._env, name)._objs[0] for name in self._suite["region"]["along"])]
     standing, box = self._standing(moving), _box(body)
-    from_tool = lambda place: _outside(self._tcp.pose.p[:2] - (place - body.pose.p[:2]), box)
+    from_tool = lambda place: _outside(self._tcp.pose.p - [*(place - body.pose.p[:2]), 0.0], box)
     free = [p for p in places if _distance(p, standing) >= self.GAP and from_tool(p) >= _CLEAR]
     if not free or bool(self._is_grasping(self._object)):
       return False
@@ -213,7 +213,7 @@ class Perturbed(ManiSkill):
     size = np.full(3, rng.uniform(*half)) if ball else rng.uniform(*half, 3)
     material = sapien.render.RenderMaterial(base_color=[*np.power(colours[rng.integers(len(colours))], _GAMMA), 1.0])
     others = [self._body.entity, self._tcp, *([] if self._goal is None else [self._goal._objs[0]])]
-    boxes = [_box(e) for e in [*others, *(getattr(self._env, name)._objs[0] for name in region["along"])]]
+    boxes = [_box(e)[:, :2] for e in [*others, *(getattr(self._env, name)._objs[0] for name in region["along"])]]
     places, reach = rng.uniform(region["low"], region["high"], (_TRIES, 2)), float(np.linalg.norm(size[:2]))
     far = [min(_outside(place, box) for box in boxes) for place in places]
     if max(far) < reach:
@@ -337,16 +337,15 @@ def _distance(place: np.ndarray, entities: Sequence[Any]) -> float:
 
 
 def _box(entity: Any) -> np.ndarray:
-  """float64[2, 2], metres: opposite corners (x, y) of what an entity takes on the table; else of its place."""
+  """float64[2, 3], metres: opposite corners of what an entity takes of the world; else its place, twice."""
   import sapien.physx
 
   body = entity.find_component_by_type(sapien.physx.PhysxRigidBaseComponent)
-  corners = body.compute_global_aabb_tight() if body is not None and body.collision_shapes else [entity.pose.p] * 2
-  return np.array(corners)[:, :2]
+  return np.array(body.compute_global_aabb_tight() if body and body.collision_shapes else [entity.pose.p] * 2)
 
 
 def _outside(place: np.ndarray, box: np.ndarray) -> float:
-  """Metres from (x, y) to the nearest point of a `_box`; 0 inside."""
+  """Metres from a place to the nearest point of a box of two corners; 0 inside."""
   return float(np.linalg.norm(place - np.clip(place, *box)))
 
 
