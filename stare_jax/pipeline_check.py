@@ -11,13 +11,16 @@ from stare_jax import losses, sims, suites, tasks
 from stare_jax.config import ConfigError, suggest, validate
 from stare_jax.sims import pool
 
+TRAINING = 2**24  # the first environment seed that training may take (`pipeline_run.Run.seeds`)
+
 
 def resolved(config: Any) -> Any:
   """The configuration with what it leaves to the task filled in: what a run does, and what its folder records.
 
   `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon, `interaction.steps` =
   0 the horizon, and `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
-  Published starts count alike: `evaluation.episodes` above their number becomes the next multiple of it.
+  Published starts count alike: `evaluation.episodes` above their number becomes the next multiple of it, or, without
+  samples to tell the copies apart (temperature 0), their number.
   """
   if config.task not in tasks.names():  # `check` says so
     return config
@@ -28,7 +31,8 @@ def resolved(config: Any) -> Any:
     config.sim.horizon = config.sim.horizon or task.horizon
     config.interaction.steps = config.interaction.steps or config.sim.horizon
     if task.starts and config.evaluation.episodes > task.starts:
-      config.evaluation.episodes = task.starts * -(-config.evaluation.episodes // task.starts)
+      times = -(-config.evaluation.episodes // task.starts) if config.evaluation.temperature > 0 else 1
+      config.evaluation.episodes = task.starts * times
     longest = config.preference.tail or config.sim.horizon
     config.preference.buckets = tuple(config.preference.buckets) or (longest,)
   return config
@@ -46,15 +50,31 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
     raise ConfigError(f'interaction.reward = "levels" (of the method rl4vla_faithful) pays for grasping, and '
                       f"{config.task} goes {' -> '.join(names)}: choose a task with a Grasp stage, or another reward")
   check_simulator(config)
+  check_evaluation(config)
   for phase in ("imitation", "preference"):
     if (name := config[phase].loss) not in losses.names(phase):
       raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names(phase))}')
+  check_folder(pathlib.Path(workdir))
+
+
+def check_evaluation(config: Any) -> None:
+  """Raises ConfigError where suites cannot be run, or an evaluation would count a start twice or one of training."""
+  c, seeds = config.evaluation, 1
   if "suites" in config:
     chosen_suites(config)
-    if config.suites.seeds < 1 or config.suites.pictures < 0:
-      raise ConfigError(f"suites.seeds = {config.suites.seeds} and suites.pictures = {config.suites.pictures}: "
-                        f"expected at least 1 and 0")
-  check_folder(pathlib.Path(workdir))
+    seeds = config.suites.seeds
+    if seeds < 1 or config.suites.pictures < 0:
+      raise ConfigError(f"suites.seeds = {seeds} and suites.pictures = {config.suites.pictures}: expected at least 1 "
+                        f"and 0")
+  starts, last = tasks.get(config.task).starts, c.seed + c.episodes * seeds
+  if starts is None and not (0 <= c.seed and last <= TRAINING):
+    raise ConfigError(f"evaluation.seed = {c.seed} with evaluation.episodes = {c.episodes}, {seeds} times, takes "
+                      f"environment seeds {c.seed} to {last - 1}: expected 0 to {TRAINING - 1}, because those from "
+                      f"{TRAINING} on are of training; choose a seed such as 1000000, or fewer episodes")
+  if starts is not None and not c.temperature > 0 and c.episodes * seeds > starts:
+    raise ConfigError(f"evaluation.temperature = {c.temperature} and suites.seeds = {seeds}: {config.task} has "
+                      f"{starts} published starts, and without sampling the {c.episodes * seeds} episodes would be copies of "
+                      f"those; choose suites.seeds = {max(starts // c.episodes, 1)}, or a temperature above 0")
 
 
 def check_simulator(config: Any) -> None:

@@ -31,7 +31,7 @@ from stare_jax import (
 )
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
-from stare_jax.pipeline_check import resolved
+from stare_jax.pipeline_check import TRAINING, resolved
 from stare_jax.pipeline_policy import Base, carry, described, folder_statistics, make_policy, table
 from stare_jax.policies import action_stats
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
@@ -163,7 +163,7 @@ class Run:
   def seeds(self, purpose: str, count: int) -> range:
     """`count` environment seeds for a purpose; never those of the evaluation, which lie below 2^24."""
     state = np.random.SeedSequence([self.config.seed, *purpose.encode()]).generate_state(1)[0]
-    first = 2**24 + int(state) % 2**30
+    first = TRAINING + int(state) % 2**30
     return range(first, first + count)
 
   def collector(self, actor: Any, *, progress: report.Progress | None = None, **options: Any) -> Collector:
