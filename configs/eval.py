@@ -28,6 +28,12 @@ PRESETS["openvla_7b"] = PRESETS["openvla_7b_lora"] | {"policy.lora.rank": 0}  # 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   preset, chosen = parse_arg(arg, PRESETS, run="", phase="", task="pull_cube", seed=0)
+  given = [item for item in arg.split(",") if item and not item.startswith(("run=", "phase="))]
+  if chosen["run"] and given:
+    raise ConfigError(f"{given[0]} and run={chosen['run']}: preset, task and seed are the run's own; leave them out")
+  if chosen["phase"] and not chosen["run"]:
+    raise ConfigError(f"phase={chosen['phase']} is of a run: name it, as in run=runs/x,phase={chosen['phase']}; "
+                      f"without one, --config.init_from names a checkpoint")
   c = ipi.get_config(f"default,task={chosen['task']},seed={chosen['seed']}")
   with c.unlocked(), c.ignore_type():
     if chosen["run"]:

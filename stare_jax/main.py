@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import hashlib
 import logging
 import os
 import pathlib
@@ -105,9 +106,14 @@ def main(argv: list[str]) -> int | None:
 
 
 def run_name(config: Any) -> str:
-  """<task>-<preset>-seed<seed>, with the method before the preset where it is not all of IPI."""
-  method = config.get("method", "ipi")
-  return "-".join([config.task, *[method] * (method != "ipi"), config.preset, f"seed{config.seed}"])
+  """<task>-<preset>-seed<seed>, with the method before the preset where it is not all of IPI.
+
+  Suites of a checkpoint end in a digest of where that is: two runs of one name keep two tables.
+  """
+  method, of = config.get("method", "ipi"), config.init_from or config.policy.checkpoint
+  digest = hashlib.sha256(os.path.abspath(of).encode()).hexdigest()[:6] if "suites" in config and of else ""
+  parts = [config.task, method if method != "ipi" else "", config.preset, f"seed{config.seed}", digest]
+  return "-".join(filter(None, parts))
 
 
 def wrong_processes(address: str, count: int | None, index: int | None) -> str:

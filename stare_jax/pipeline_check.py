@@ -73,8 +73,8 @@ def check_evaluation(config: Any) -> None:
                       f"{TRAINING} on are of training; choose a seed such as 1000000, or fewer episodes")
   if starts is not None and not c.temperature > 0 and c.episodes * seeds > starts:
     raise ConfigError(f"evaluation.temperature = {c.temperature} and suites.seeds = {seeds}: {config.task} has "
-                      f"{starts} published starts, and without sampling the {c.episodes * seeds} episodes would be copies of "
-                      f"those; choose suites.seeds = {max(starts // c.episodes, 1)}, or a temperature above 0")
+                      f"{starts} published starts, and without sampling the {c.episodes * seeds} episodes would be "
+                      f"copies; choose suites.seeds = {max(starts // c.episodes, 1)}, or a temperature above 0")
 
 
 def check_simulator(config: Any) -> None:

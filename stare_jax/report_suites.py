@@ -67,11 +67,12 @@ def missing(suite: Any, why: str) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping], **about: Any) -> dict[str, Any]:
-  """suites.json: `about` (task, checkpoint, ...), the rows with their differences to the first, means by family."""
+  """suites.json: `about` (task, checkpoint, ...), rows with their differences to in-distribution, means by family."""
   rows, run = [dict(r) for r in rows], [r for r in rows if "not_run" not in r]
+  usual = next((r for r in run if r["family"] == "in-distribution"), None)
   for r in rows:
-    if "not_run" not in r and r["suite"] != run[0]["suite"]:
-      parts = {name: difference(run[0][name], r[name]) for name in ("success_once", "success_at_end")}
+    if "not_run" not in r and usual is not None and r["suite"] != usual["suite"]:
+      parts = {name: difference(usual[name], r[name]) for name in ("success_once", "success_at_end")}
       r["difference"] = {name: dict(zip(("value", "low", "high"), part, strict=True)) for name, part in parts.items()}
   families = {}
   for family in dict.fromkeys(r["family"] for r in run):

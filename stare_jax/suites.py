@@ -150,7 +150,7 @@ def fields(suite: Suite | None, task: Any) -> dict[str, Any]:
 
 def colour_words(task: Any) -> tuple[str, ...]:
   """The colours that the task's object does not have, nor anything else that its instruction names."""
-  taken = {task.colour, *task.instruction.lower().split()}
+  taken = {*task.colour.split(), *task.instruction.lower().split()}
   return tuple(word for word in COLOURS if word not in taken)
 
 
@@ -168,7 +168,7 @@ def instructions(suite: Suite, task: Any) -> tuple[str, ...]:
   """Everything that the policy can be told under a suite."""
   if "instruction" in suite.changes:
     return phrasings(task)
-  if "colour" in suite.changes and task.colour in task.instruction.split():
+  if "colour" in suite.changes and _own_colour(task) in task.instruction.split():
     return tuple(_recoloured(task, word) for word in colour_words(task))
   return (task.instruction,)
 
@@ -182,4 +182,8 @@ def instruction(suite: Suite, task: Any, seed: int) -> str:
 
 
 def _recoloured(task: Any, word: str) -> str:
-  return " ".join(word if part == task.colour else part for part in task.instruction.split())
+  return " ".join(word if part == _own_colour(task) else part for part in task.instruction.split())
+
+
+def _own_colour(task: Any) -> str:
+  return task.colour.partition(" ")[0]

@@ -137,7 +137,7 @@ def test_an_interpreter_that_is_not_fit(tmp_path):
 def test_only_plain_values_cross(bare):
   """A numpy 2 scalar in a pickle is an ImportError under numpy 1.24; it is refused here, by its place."""
   for value, kind in ((np.float32(1), "numpy.float32"), ([np.zeros(2)], "numpy.ndarray"), (TASK, "SimpleNamespace")):
-    with pytest.raises(TypeError, match=rf"spec\['env_options'\]\['x'\] holds a {kind}|{kind}"):
+    with pytest.raises(TypeError, match=rf"spec\['x'\]\S* holds a \S*{kind}"):
       sims.make("toy", task=TASK, num_envs=1, num_workers=1, image_size=8, python=bare, x=value)
 
 

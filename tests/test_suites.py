@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import eval as eval_config
-from stare_jax import evaluate, pipeline_check, report_suites, sims, stages, suites, tasks
+from stare_jax import evaluate, main, pipeline_check, report_suites, sims, stages, suites, tasks
 from stare_jax.config import ConfigError
 from stare_jax.episode import SIGNAL_SIZE, unpack_signals
 from stare_jax.pipeline import evaluation_starts
@@ -45,7 +45,8 @@ def test_what_tasks_say_of_suites(name):
     for text in suites.instructions(suite, task):  # begin, text, start: what the small policy has room for
       assert len(tokens(text)) + 2 <= TINY.prompt_length, text
   assert task.instruction not in suites.phrasings(task) and len(set(suites.phrasings(task))) >= 3
-  assert task.colour not in suites.colour_words(task) and len(suites.colour_words(task)) >= 3
+  assert not {*task.colour.split()} & {*suites.colour_words(task)} and len(suites.colour_words(task)) >= 3
+  assert task.colour or task.simulator != "maniskill", "an object could get the colour that it has"
   if task.region is not None:
     low, high, outer_low, outer_high, _ = map(np.array, task.region)
     assert (low < high).all() and (outer_low <= outer_high).all()
@@ -168,6 +169,24 @@ def test_a_run_that_is_none(tmp_path):
     eval_config.get_config(f"run={tmp_path}")
 
 
+def test_arguments_that_contradict_a_run(tmp_path):
+  for extra in ("smoke", "task=pick_cube", "seed=0"):  # of which the last is also the default
+    with pytest.raises(ConfigError, match=f"{extra} and run={tmp_path}"):
+      eval_config.get_config(f"{extra},run={tmp_path}" if extra == "smoke" else f"run={tmp_path},{extra}")
+  with pytest.raises(ConfigError, match="phase=imitation is of a run"):
+    eval_config.get_config("task=pick_cube,phase=imitation")
+
+
+def test_every_checkpoint_has_a_folder_of_its_own():
+  config, names = eval_config.get_config("default,task=pull_cube"), []
+  for folder in ("", "runs/a/checkpoints/imitation", "runs/b/checkpoints/imitation", "./runs/a/checkpoints/imitation"):
+    config.init_from = folder
+    names.append(main.run_name(config))
+  assert names[0] == "pull_cube-default-eval-seed0" and names[1] == names[3] and len(set(names)) == 3
+  config.init_from, config.policy.checkpoint = "", "openvla-7b"
+  assert main.run_name(config) not in names
+
+
 # ---- the table
 
 
@@ -202,6 +221,8 @@ def test_the_table_adds_counts_and_names_what_was_not_run(tmp_path):
     "in-distribution": {"suites": 1, "success_once": 0.8, "success_at_end": 0.7},
     "vision": {"suites": 1, "success_once": 0.4, "success_at_end": 0.3},
   }
+  alone = report_suites.table([report_suites.missing(suites.IN_DISTRIBUTION, "no"), rows[1]], task="toy")
+  assert "difference" not in alone["rows"][1]  # there is nothing to compare it with
   lines = (tmp_path / "suites.md").read_text().splitlines()
   assert {line.count("|") for line in lines if line.startswith("|") and "Reach" in lines[2]} == {9, 5}
   assert "| object_moved | not run: there is <no> room |" in (tmp_path / "suites.md").read_text()

@@ -120,8 +120,8 @@ class Task:
       another start. None: there are none, and every seed is as good.
     simulator: the one that has the environment, a key of `sims.REGISTRY`.
     unit: the translation that noise of 1 stands for, in the action's own units: 1 where actions lie in [-1, 1].
-    colour: the colour of the object, in a word: one that a suite must not give it. Where the instruction names it, the
-      word follows the colour.
+    colour: colours that a suite must not give the object, in words: first its own, which the instruction's word follows
+      where that names it, then further ones of its parts and of what it should not be taken for.
     region: where the object starts; None: not known, and nothing puts it elsewhere.
     phrasings: other ways to say the instruction, never used in training.
     env_options: further arguments of the environment. `scene` and `show_goal` are the simulator's own: which kind of

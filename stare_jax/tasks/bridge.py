@@ -166,6 +166,7 @@ PUT_SPOON_ON_TOWEL = _task(
   stages=_stages(rest=0.014, d_goal=0.03),
   plan=pick_and_place(along=0.01, above=0.018),
   starts=24,
+  colour="green yellow",  # between the two
   region=TABLE,
   phrasings=("place the spoon on top of the cloth", "pick up the spoon and put it on the towel", "move spoon to cloth"),
 )

@@ -63,6 +63,7 @@ LIFT_PEG_UPRIGHT = Task(
   name="lift_peg_upright",
   env_id="LiftPegUpright-v1",
   instruction="lift the peg and stand it upright",
+  colour="red blue",  # of its halves
   stages=(
     Stage(
       "Reach",

@@ -80,6 +80,7 @@ PEG_INSERTION_SIDE = Task(
   name="peg_insertion_side",
   env_id="PegInsertionSide-v1",
   instruction="insert the peg into the hole of the box",
+  colour="orange yellow",  # of its head, nearly, and the box's
   phrasings=("put the stick into the hole of the box", "push the peg into the box", "plug the peg into the hole"),
   stages=(
     Stage("Reach", rules.any_of(rules.near(rules.tool, PEG_AXIS, REACH), rules.grasped, rules.succeeded), TO_PEG, 0.2),

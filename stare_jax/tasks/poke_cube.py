@@ -48,7 +48,7 @@ POKE_CUBE = Task(
   actors=Actors(object="peg", goal="goal_region"),
   expert=experts.scripted(poke),
   camera=Camera(eye=(0.97, 0.0, 0.83), target=(0.19, 0.0, 0.05), fov=0.54),
-  colour="blue",
+  colour="blue red",  # and the cube's
   region=Region((-0.1, -0.1), (0.1, 0.1), (-0.13, -0.15), (0.1, 0.15), along=("cube", "goal_region")),
   phrasings=("push the block to the target with the stick", "grasp the stick and push the cube with it",
              "press the cube forward with the peg"),

@@ -65,6 +65,7 @@ PULL_CUBE_TOOL = Task(
   name="pull_cube_tool",
   env_id="PullCubeTool-v1",
   instruction="pull the cube with the hook",
+  colour="red blue",  # and the cube's
   phrasings=("move the block toward the robot with the hook", "hook the cube and pull it to the robot",
              "grasp the hook and pull the block with it"),
   stages=(
