@@ -98,7 +98,7 @@ def cpu_seconds(sim: sims.pool.Pool) -> float:
 
 def pool(task: tasks.Task, size: int, num_workers: int, num_envs: int, seconds: float) -> dict:
   rng = np.random.default_rng(0)
-  with sims.make("maniskill", task=task, num_envs=num_envs, num_workers=num_workers, image_size=size) as sim:
+  with sims.make(task=task, num_envs=num_envs, num_workers=num_workers, image_size=size) as sim:
     envs, steps = range(num_envs), 0
     sim.reset(envs, envs)
     start, cpu = time.perf_counter(), cpu_seconds(sim)
@@ -114,11 +114,10 @@ def pool(task: tasks.Task, size: int, num_workers: int, num_envs: int, seconds: 
 
 def suite_costs(task: tasks.Task, size: int, names: list[str], rounds: int) -> None:
   """Episodes of `horizon` steps with one plan of actions, suite after suite in every round, in one process."""
-  chosen = [s for s in suites.SUITES if s.name in names or "all" in names or s is suites.IN_DISTRIBUTION]
-  chosen = [s for s in chosen if not suites.why_not(s, task, "maniskill")]
+  chosen = [s for s in suites.choose(names)[0] if not suites.why_not(s, task, task.simulator)]
   plan = np.random.default_rng(0).uniform(-1, 1, (task.horizon, 7)).astype(np.float32) * np.float32(task.unit)
   busy = dict.fromkeys([s.name for s in chosen], 0.0)
-  with sims.make("maniskill", task=task, num_envs=1, num_workers=1, image_size=size) as sim:
+  with sims.make(task=task, num_envs=1, num_workers=1, image_size=size) as sim:
     for i in range(-1, rounds):  # the first is a warm-up
       for suite in chosen if i % 2 else chosen[::-1]:
         sim.suite = suites.for_worker(suite, task) if suite.changes else None
@@ -142,11 +141,15 @@ def main() -> None:
   parser.add_argument("--envs", type=int, default=2, help="environments per worker")
   parser.add_argument("--seconds", type=float, default=5.0)
   parser.add_argument("--no-stock", action="store_true", help="skip the comparison")
-  parser.add_argument("--suite", nargs="+", default=[], help="names of evaluation suites, or all")
+  parser.add_argument("--suite", nargs="+", default=[], help="names or families of evaluation suites, or all")
   parser.add_argument("--rounds", type=int, default=20, help="episodes of each suite")
   arguments = parser.parse_args()
   task = tasks.get(arguments.task)
   if arguments.suite:
+    try:
+      suites.choose(arguments.suite)
+    except ValueError as error:
+      parser.error(str(error))
     for size in arguments.sizes:
       suite_costs(task, size, arguments.suite, arguments.rounds)
     return

@@ -24,7 +24,7 @@ def column(task: tasks.Task, size: int, episodes: int, first: int) -> list[np.nd
   strips: list[np.ndarray | None] = []
   with sims.make(task=task, num_envs=1, num_workers=1, image_size=size) as sim:
     for suite in suites.SUITES:
-      if suites.why_not(suite, task, "maniskill"):
+      if suites.why_not(suite, task, task.simulator):
         strips.append(None)
         continue
       sim.suite = suites.for_worker(suite, task) if suite.changes else None

@@ -37,7 +37,7 @@ SCENES = {"table": "stare_jax.sims.perturbed:Table", "bridge": "stare_jax.sims.p
 
 
 def make(*, env_options: dict[str, Any], **spec: Any) -> ManiSkill:
-  """The environment of a task's scene: `ManiSkill` unless its options name another of `SCENES`."""
+  """The environment of a task's scene: `perturbed.Table` unless its options name another of `SCENES`."""
   options = dict(env_options)
   scene = options.pop("scene", "table")
   if scene not in SCENES:

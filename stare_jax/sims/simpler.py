@@ -254,7 +254,11 @@ def _build(env_id: str, shader: str, **options: Any) -> Any:
     text = str(error)
     if "vk::" in text or "ulkan" in text:
       raise SimulatorError(f"{_NO_DEVICE}.\n(SAPIEN said: {text})") from error
-    raise SimulatorError(f"SimplerEnv's scene could not be built: {text}\n{_where_assets_are()}") from error
+    import mani_skill2_real2sim
+
+    of_assets = isinstance(error, FileNotFoundError) or str(mani_skill2_real2sim.ASSET_DIR) in text
+    advice = f"\n{_where_assets_are()}" if of_assets else ""
+    raise SimulatorError(f"SimplerEnv's scene could not be built: {type(error).__name__}: {text}{advice}") from error
   if missing := missing_assets(env):
     raise SimulatorError(f"the assets of {env_id} are not whole; missing: {', '.join(missing)}\n{_where_assets_are()}")
   return env
@@ -262,18 +266,25 @@ def _build(env_id: str, shader: str, **options: Any) -> Any:
 
 def missing_assets(env: Any) -> list[str]:
   """The files behind a built scene that are not there. SAPIEN builds it without them: no table, an unseen object."""
-  there = lambda path: path.is_file() and path.read_bytes()[: len(_POINTER)] != _POINTER
   missing = []
   stage = pathlib.Path(env.scene_root) / "stages" / f"{env.scene_name}.glb"
-  if not there(stage):
+  if not _there(stage):
     missing.append(str(stage))
   for model in dict.fromkeys([*env.episode_model_ids, *(["sink"] if hasattr(env, "sink") else [])]):
     folder = pathlib.Path(env.asset_root) / "models" / model
-    if not there(folder / "collision.obj"):
+    if not _there(folder / "collision.obj"):
       missing.append(str(folder / "collision.obj"))
-    if not any(there(folder / f"textured.{kind}") for kind in ("obj", "dae", "glb")):
+    if not any(_there(folder / f"textured.{kind}") for kind in ("obj", "dae", "glb")):
       missing.append(str(folder / "textured.dae"))
   return missing
+
+
+def _there(path: pathlib.Path) -> bool:
+  """Whether a file is, and is itself and no pointer to where it is kept."""
+  if not path.is_file():
+    return False
+  with path.open("rb") as file:
+    return file.read(len(_POINTER)) != _POINTER
 
 
 def _where_assets_are() -> str:
