@@ -16,31 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+from meshes import MESHES, mesh_of, quick_compile  # noqa: F401 - a fixture of every test here
 
 from stare_jax import checkpoint, pipeline_policy, policies, sharding, train, train_critic
 from stare_jax.losses import ops
 from stare_jax.policies import lora, openvla
-
-MESHES = {
-  "one": dict(data=1),
-  "data": dict(data=8),
-  "fsdp": dict(data=1, fsdp=4),
-  "tensor": dict(data=1, tensor=2),
-  "mixed": dict(data=2, fsdp=2, tensor=2),
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-  """Halves the time of these tests, most of which is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def mesh_of(name):
-  sizes = MESHES[name]
-  return sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def equal(a, b):

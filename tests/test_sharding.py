@@ -19,34 +19,13 @@ import optax
 import pytest
 import small_model
 from jax.sharding import PartitionSpec as P
+from meshes import MESHES, mesh_of, quick_compile  # noqa: F401 - a fixture of every test here
 
 from stare_jax import checkpoint, policies, rollout, roofline_hlo, sharding, train
 from stare_jax.losses import ops, preference
 from stare_jax.policies import lora
 
 SGD = optax.sgd(1.0)
-MESHES = {
-  "one": dict(data=1),
-  "data": dict(data=8),
-  "fsdp": dict(data=1, fsdp=4),
-  "tensor": dict(data=1, tensor=2),
-  "mixed": dict(data=2, fsdp=2, tensor=2),
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-  """Halves the time of these tests, most of which is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def mesh_of(name):
-  sizes = MESHES[name]
-  return sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-
-
 @functools.cache
 def parameters():
   return jax.device_get(jax.jit(small_model.init)(jax.random.key(0)))

@@ -74,10 +74,7 @@ def stage_tpo(
   loss = Mean.of(-jax.nn.log_sigmoid(margin) - chosen_weight * jnp.where(exists, chosen, 0.0), exists)
   return loss.value(), {
     "loss": loss,
-    "margin": Mean.of(margin, exists),
-    "accuracy": Mean.of(chosen > rejected, exists),
-    "chosen": Mean.of(chosen, exists),
-    "rejected": Mean.of(rejected, exists),
+    **_compared(margin, chosen, rejected, exists),
     "cost_gap": Mean.of(cost_gap, exists),
   } | {f"pairs_{k + 1}": Mean.of(column, jnp.ones_like(column)) for k, column in enumerate(exists.T)}
 
@@ -128,11 +125,15 @@ def window_tpo(
   chosen, rejected = jnp.where(first, s_a, s_b), jnp.where(first, s_b, s_a)
   margin = jnp.where(exists, beta * (chosen - rejected), 0.0)
   loss = Mean.of(-jax.nn.log_sigmoid(margin), exists)
-  return loss.value(), {
-    "loss": loss,
+  windows = Mean.of(exists.sum(1).astype(jnp.float32), sign != 0)
+  return loss.value(), {"loss": loss, **_compared(margin, chosen, rejected, exists), "windows": windows}
+
+
+def _compared(margin: Array, chosen: Array, rejected: Array, exists: Array) -> dict[str, Mean]:
+  """What all preference losses tell of the comparisons that exist; arrays of one shape."""
+  return {
     "margin": Mean.of(margin, exists),
     "accuracy": Mean.of(chosen > rejected, exists),
     "chosen": Mean.of(chosen, exists),
     "rejected": Mean.of(rejected, exists),
-    "windows": Mean.of(exists.sum(1).astype(jnp.float32), sign != 0),
   }
