@@ -5,7 +5,8 @@ them can know (a signal, a file, the episodes of its own simulators) is told to 
 process everything here returns at once, and no device is touched.
 
 A process that dies is noticed at once, as its connection breaks (`Watch`), and one whose machine falls silent after the
-heartbeat time-out of jax.distributed; the others end with status `GONE`, or are aborted. None waits for ever.
+heartbeat time-out of jax.distributed; the others end with status `GONE`, or are aborted by JAX, which misses its
+coordinator as soon as process 0 is dead. None waits for ever.
 """
 
 from __future__ import annotations

@@ -17,12 +17,15 @@ from stare_jax import processes, sharding
 
 
 def wait(folder: pathlib.Path, sleeper: int) -> None:
-  """All but `sleeper` wait for it in an exchange; it would come in five minutes."""
+  """All but `sleeper` wait for it in an exchange; it would come in five minutes. They end as a run does."""
   processes.barrier("all here")
   (folder / f"waiting-{processes.index()}").touch()
   if processes.index() == sleeper:
     time.sleep(300)
-  processes.any_of(False)
+  try:
+    processes.any_of(False)
+  except Exception as error:
+    processes.leave(1, str(error))
 
 
 def main(address: str, count: int, index: int, folder: pathlib.Path) -> None:

@@ -188,6 +188,15 @@ def test_sigterm_on_one_stops_all_at_one_update_and_any_number_continues(tmp_pat
   same_run(tmp_path / "alone", double)
 
 
+def check_end(status: int, said: str, victim: int) -> None:
+  """Of the process that was left alone; JAX aborts it when it is the first to miss its coordinator, process 0."""
+  if victim == 0 and status == -signal.SIGABRT:
+    assert "another task died" in said
+  else:
+    assert status == processes.GONE, said
+    assert f"process {victim} of 2 is gone" in said and "same command" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("phase", ["imitation", "preference", "interaction"])
@@ -196,9 +205,7 @@ def test_the_others_end_when_one_is_killed(tmp_path, env, double, victim, phase)
   with Together(workdir, env) as run:
     run.wait_for(lambda: rows(workdir, phase) >= 2)
     run.processes[victim].kill()
-    assert run.processes[1 - victim].wait(timeout=60) == 3, run.everything()
-    said = run.said(1 - victim)
-    assert f"process {victim} of 2 is gone" in said and "same command" in said
+    check_end(run.processes[1 - victim].wait(timeout=60), run.said(1 - victim), victim)
   with Together(workdir, env) as run:
     run.finish()
   assert toy_run.results(workdir) == toy_run.results(double)
@@ -250,8 +257,7 @@ def test_a_process_that_waits_for_a_dead_one_ends(tmp_path, env, victim):
   pair[victim].kill()
   said, _ = pair[1 - victim].communicate(timeout=60)
   pair[victim].communicate()
-  assert pair[1 - victim].returncode == processes.GONE, said
-  assert f"process {victim} of 2 is gone" in said and "with the same command" in said
+  check_end(pair[1 - victim].returncode, said, victim)
 
 
 def test_shares_are_put_back_in_order(monkeypatch):
