@@ -90,7 +90,9 @@ METHODS = {
   "sta_ppo": STA_PPO,
   # Ablations: of sta_tpo the first two, of sta_ppo the others.
   "no_cost": STA_TPO | {"preference.hp.cost_weight": 0.0},
+  "tpo_same_pairs": STA_TPO | {"preference.loss": "tpo"},
   "no_gating": STA_TPO | {"preference.hp.gating": False},
+  "offset_1": STA_PPO | {"interaction.offset": 1.0},
   "offset_0": STA_PPO | {"interaction.offset": 0.0},
   "no_potential": STA_PPO | {"interaction.reward": "stages"},
 }  # fmt: skip

@@ -12,6 +12,13 @@ from stare_jax.config import ConfigError, suggest, validate
 from stare_jax.sims import pool
 
 TRAINING = 2**24  # the first environment seed that training may take (`pipeline_run.Run.seeds`)
+# Fields that no parameter depends on, or that a run may change as it goes on (`pipeline_run.Run.identity`).
+IDENTITY_SKIPS = (
+  "phases", "preset", "method", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers", "sim.python",
+  "imitation.checkpoint_every", "preference.checkpoint_every", "interaction.checkpoint_every", "interaction.iterations",
+)  # fmt: skip
+# Of `preference`: what its rollouts depend on, beside the policy that makes them. The rest says how they are compared.
+ROLLOUTS = ("starts", "samples", "temperature", "parts_before", "tail")
 
 
 def resolved(config: Any) -> Any:

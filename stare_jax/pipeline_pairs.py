@@ -16,6 +16,7 @@ import numpy as np
 from stare_jax import batching, processes, report, stages
 from stare_jax.config import ConfigError
 from stare_jax.episode import StagedEpisode
+from stare_jax.pipeline_check import ROLLOUTS
 from stare_jax.pipeline_run import Run, gather, predecessor
 from stare_jax.rollout import Start
 
@@ -32,7 +33,7 @@ def collect(run: Run, params: Any) -> tuple[list[StagedEpisode], list[batching.P
   rng = np.random.default_rng([run.config.seed, *b"parts"])
   parts = dict(zip(run.seeds("preference", c.starts), rng.integers(0, c.parts_before + 1, c.starts)))
   fields = {k: v for k, v in run.identity("preference").items() if not k.startswith("preference.")}
-  fields |= {name: c[name] for name in ("starts", "samples", "temperature", "parts_before", "tail")}
+  fields |= {name: c[name] for name in ROLLOUTS}
   fields |= {"starts_from": predecessor(run, "preference"), "base": run.base.digest}
   actor = functools.partial(run.actor, params, "preference", c.temperature)
 

@@ -31,16 +31,12 @@ from stare_jax import (
 )
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
-from stare_jax.pipeline_check import TRAINING, resolved
+from stare_jax.pipeline_check import IDENTITY_SKIPS, TRAINING, resolved
 from stare_jax.pipeline_policy import Base, carry, described, folder_statistics, make_policy, table
 from stare_jax.policies import action_stats
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
 
 log = logging.getLogger("stare_jax")
-IDENTITY_SKIPS = (
-  "phases", "preset", "method", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers", "sim.python",
-  "imitation.checkpoint_every", "preference.checkpoint_every", "interaction.checkpoint_every", "interaction.iterations",
-)  # fmt: skip
 CHUNK = 64  # episodes per file of a growing data set: what a kill during collection can cost
 
 

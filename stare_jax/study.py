@@ -69,7 +69,7 @@ class Runner:
     waiting = [cell for cell in self.cells if not self._finished(cell)]
     log.info("%d cells, %d of them finished before", len(self.cells), len(self.done))
     try:
-      while self.running or (waiting and not self.stopping):
+      while self.running or ((waiting or self.stopped) and not self.stopping):
         waiting, self.stopped = self._start(self.stopped + waiting), []
         time.sleep(LOOK)
         self._look()
@@ -102,6 +102,7 @@ class Runner:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
         return False
+      cell.adopt(self.cells)
       process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through `stop` alone
         [sys.executable, *cell.command[1:]], stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env,
         start_new_session=True, pass_fds=(lock.fileno(),),  # the lock is the cell's as long as it lives

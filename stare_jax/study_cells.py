@@ -6,12 +6,14 @@ import ast
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import shlex
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from stare_jax import pipeline_check, report
+from stare_jax import pipeline_check, report, tasks
 from stare_jax.config import ConfigError, suggest
 
 START = "sft"  # the method whose run the others start from
@@ -27,6 +29,7 @@ class Cell:
     phases: that it trains, in order.
     total: updates or iterations of the last of them.
     needs: the cell whose checkpoint it starts from; None for that one.
+    rollouts: (field, value)s that, with that checkpoint, decide the rollouts of its Preference; empty where it has none.
   """
 
   task: str
@@ -37,6 +40,7 @@ class Cell:
   phases: tuple[str, ...]
   total: int
   needs: Cell | None
+  rollouts: tuple = ()
 
   def __str__(self) -> str:
     return f"{self.task} {self.method} seed {self.seed}"
@@ -66,6 +70,20 @@ class Cell:
     whole = bool(rows) and rows[-1] == self.total
     return whole and phase in summary["phases"] and said(shlex.split(summary["command"])) == said(self.command)
 
+  def adopt(self, cells: Sequence[Cell]) -> None:
+    """Takes over the rollouts of a finished cell that would be the same here, file by file, with what they cost."""
+    mine = self.folder / "data" / "preference"
+    for other in cells if self.rollouts and not mine.exists() else ():
+      theirs = other.folder / "data" / "preference"
+      if (other.needs, other.rollouts) == (self.needs, self.rollouts) and theirs.is_dir() and other.finished():
+        partial = mine.with_name(".preference.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in theirs.glob("*.episodes"):  # nothing writes into one that is there
+          link(path, partial / path.name)
+        partial.rename(mine)
+        return
+
   @property
   def env_steps(self) -> int:
     """Environment steps after its start, of rollouts for pairs and of Interaction."""
@@ -90,6 +108,14 @@ class Cell:
     path = self.folder / "log.txt"
     said = [line for line in path.read_text(errors="replace").splitlines() if any(c.isalpha() for c in line)]
     return "\n".join(f"  {line}" for line in said[-lines:])
+
+
+def link(path: pathlib.Path, to: pathlib.Path) -> None:
+  """A second name of a file, or a copy where the file system has no such thing."""
+  try:
+    os.link(path, to)
+  except OSError:
+    shutil.copyfile(path, to)
 
 
 def said(command: Sequence[str]) -> list[str]:
@@ -125,9 +151,7 @@ def make_cell(c: Any, workdir: pathlib.Path, base: Any, task: str, method: str, 
   config = base.get_config(argument)
   folder = workdir / task / method / f"seed{seed}"
   phases = tuple(config.phases) if start is None else tuple(p for p in config.phases if p != "imitation")
-  if bad := [change for change in c.changes if "=" not in change]:
-    raise ConfigError(f'changes names "{bad[0]}": expected a field and its value, such as "preference.starts=80"')
-  fields: dict[str, Any] = dict(change.split("=", 1) for change in c.changes)
+  fields: dict[str, Any] = dict(changed(c.changes, task))
   for field, value in (("interaction.iterations", c.interaction.iterations),
                        ("evaluation.episodes", c.evaluation.episodes)):  # fmt: skip
     fields |= {field: str(value)} if value else {}
@@ -142,7 +166,36 @@ def make_cell(c: Any, workdir: pathlib.Path, base: Any, task: str, method: str, 
   total = section.iterations if phases[-1] == "interaction" else section.updates
   command = ("python", "-m", "stare_jax.main", f"--config={c.base}:{argument}", f"--workdir={folder}",
              *(f"--config.{name}={text}" for name, text in fields.items()))  # fmt: skip
-  return Cell(task, method, seed, folder, command, phases, total, start)
+  return Cell(task, method, seed, folder, command, phases, total, start, rollouts_of(config))
+
+
+def changed(changes: Sequence[str], task: str) -> list[tuple[str, str]]:
+  """(field, text)s that hold for a task: of "field=value" for all, and of "task:field=value".
+
+  Raises: ConfigError.
+  """
+  out = []
+  for change in changes:
+    name, equals, value = change.partition("=")
+    where, _, field = name.rpartition(":")
+    if not equals:
+      raise ConfigError(f'changes names "{change}": expected a field and its value, such as "preference.starts=80", or '
+                        f'"{task}:preference.starts=80" for one task')  # fmt: skip
+    if where and where not in tasks.names():
+      raise ConfigError(f'changes names "{change}", and there is no task "{where}": {suggest(where, tasks.names())}')
+    if where in ("", task):
+      out.append((field, value))
+  return out
+
+
+def rollouts_of(config: Any) -> tuple:
+  """`Cell.rollouts` of a cell's configuration."""
+  if "preference" not in config.phases:
+    return ()
+  skipped = (*pipeline_check.IDENTITY_SKIPS, "preference.", "interaction.")
+  kept = {f"preference.{name}" for name in pipeline_check.ROLLOUTS}
+  fields = dotted(pipeline_check.resolved(config))
+  return tuple((k, repr(v)) for k, v in sorted(fields.items()) if k in kept or not k.startswith(skipped))
 
 
 def read(text: str, config: Any, name: str) -> Any:

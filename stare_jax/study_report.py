@@ -1,7 +1,8 @@
 """What a study found: tables and learning curves over seeds, computed from the cells' folders alone.
 
-A method's figure is the mean over its seeds with Student's 95 % interval of that mean; a difference of two methods is
-paired by seed, because both started from the same policy. Curves are the success of the training rollouts, smoothed in
+A method's figure is the mean over its seeds with Student's 95 % interval of that mean, and all episodes of its seeds
+together with Wilson's, which knows nothing of the spread between seeds; a difference of two methods is paired by seed,
+because both started from the same policy. Curves are the success of the training rollouts, smoothed in
 each seed by a centred mean over SMOOTHING iterations, then averaged over the seeds.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax import report
+from stare_jax import evaluate, report
 from stare_jax.report_charts import curve, esc, smooth
 
 SMOOTHING = 7  # iterations
@@ -98,13 +99,13 @@ def evaluations(cells: Sequence[Any], task: str) -> dict[str, dict[int, dict]]:
 
 
 def curves(cells: Sequence[Any], task: str) -> dict[str, Curve]:
-  """{method: learning curve} of those that interact; cells that are still running count as far as they are."""
-  runs: dict[str, list] = {}
+  """{method: learning curve} of those that interact: of the finished cells, or as far as all are where none is."""
+  runs: dict[str, dict[bool, list]] = {}
   for cell in cells:
     if cell.task == task and "interaction" in cell.phases:
       rows = [row for row in report.read_metrics(cell.folder / "metrics.jsonl") if row["phase"] == "interaction"]
-      runs.setdefault(cell.method, []).append(rows)
-  found = {method: learning_curve(rows) for method, rows in runs.items()}
+      runs.setdefault(cell.method, {True: [], False: []})[cell.finished()].append(rows)
+  found = {method: learning_curve(rows[True] or rows[False]) for method, rows in runs.items()}
   return {method: line for method, line in found.items() if line is not None}
 
 
@@ -140,6 +141,13 @@ def text(e: Estimate | None, *, each: bool = False, signed: bool = False, of: in
   return show(e.mean) + limits + (f" ({', '.join(map(show, e.values))})" if each else "") + some
 
 
+def pooled(found: Mapping[int, Mapping]) -> str:
+  """"120/200 [53.1, 66.5]": successes of all seeds' episodes, with Wilson's interval in percent."""
+  sums = [sum(evaluation["success_once"][key] for evaluation in found.values()) for key in ("count", "n")]
+  all_of = evaluate.rate(*sums)
+  return f"{all_of['count']}/{all_of['n']} [{percent(all_of['low'])}, {percent(all_of['high'])}]"
+
+
 def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Sequence[str]) -> list[tuple]:
   """[(title, header, rows)] of one task."""
   any_of = next(iter(next(iter(found.values())).values()))
@@ -149,7 +157,7 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
     once, end = (estimate(list(rates(by_seed, key).values())) for key in ("success_once", "success_at_end"))
     by_stage = stage_rates(by_seed)
     steps = max(evaluation["env_steps"] for evaluation in by_seed.values())
-    main.append((method, str(len(by_seed)), f"{steps:,}", text(once, each=True), text(end),
+    main.append((method, str(len(by_seed)), f"{steps:,}", text(once, each=True), pooled(by_seed), text(end),
                  *(text(by_stage[s], of=len(by_seed)) for s in stages)))  # fmt: skip
   pairs = [tuple(pair.split(":")) for pair in compare]
   pairs += [(START, method) for method in found if method != START]
@@ -157,9 +165,11 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
     if a in found and b in found:
       changes = [difference(rates(found[a], key), rates(found[b], key)) for key in ("success_once", "success_at_end")]
       differences.append((f"{b} − {a}", *(text(change, each=True, signed=True) for change in changes)))
-  header = ("method", "seeds", "environment steps", "success once, % (each seed)", "at end, %",
+  header = ("method", "seeds", "environment steps", "success once, % (each seed)", "all episodes", "at end, %",
             *(f"{stage}, %" for stage in stages))  # fmt: skip
-  title = f"{task}: {any_of['episodes']} episodes a seed, temperature {any_of['temperature']:g}"
+  starts = any_of.get("distinct_seeds", any_of["episodes"])
+  of = f" of {starts} starts" if starts < any_of["episodes"] else ""
+  title = f"{task}: {any_of['episodes']} episodes{of} a seed, temperature {any_of['temperature']:g}"
   return [
     (title, header, main),
     (f"{task}: differences, paired by seed", ("", "success once, points (each seed)", "at end, points (each seed)"),
@@ -168,8 +178,8 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
 
 
 NOTE = (
-  "Means over seeds with Student's 95 % interval of the mean; differences are paired by seed, as methods of a task and "
-  "seed share their start (sft)."
+  "Means over seeds with Student's 95 % interval of the mean; all episodes together with Wilson's, as if the seeds were "
+  "one; differences are paired by seed, as methods of a task and seed share their start (sft)."
 )
 CURVE_NOTE = (
   f"Success of the training rollouts, in each seed a centred mean over {SMOOTHING} iterations; the line is the mean "

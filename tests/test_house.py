@@ -19,7 +19,7 @@ PACKAGE = "stare_jax"
 # or `report.py` and `report_html.py`.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "main": ("config", "pipeline", "processes"),
-  "study": ("config", "pipeline", "report"),
+  "study": ("config", "evaluate", "pipeline", "report", "tasks"),
   "convert": ("checkpoint", "policies", "pipeline"),
   "pipeline": (
     "losses", "policies", "tasks", "sims", "rollout", "stages", "batching", "dataset", "train", "sharding",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import scipy.stats
 from configs import ipi
 from configs import study as study_config
 from stare_jax import evaluate, report, study, study_cells, study_report
-from stare_jax.config import ConfigError
+from stare_jax.config import STOPPED, ConfigError
 from stare_jax.study_cells import Cell
 from tests import toy_run
 
@@ -61,10 +62,10 @@ def test_all_methods_of_a_task_and_seed_go_on_from_one_start(tmp_path):
                changes=("preference.starts=11", "interaction.hp.lam=0.9"))  # fmt: skip
   cells = study_cells.make(c, tmp_path, ipi)
   assert [(cell.method, cell.seed) for cell in cells] == [
-    (method, seed) for seed in (0, 3) for method in ("sft", "ppo_clean", "ppo_far", "sta_ppo", "tpo", "sta_tpo")
+    (method, seed) for seed in (0, 3) for method in ("sft", "ppo_clean", "sta_ppo", "tpo", "sta_tpo")
   ]
   assert len({cell.folder for cell in cells}) == len(cells)
-  for start, *others in (cells[:6], cells[6:]):
+  for start, *others in (cells[:5], cells[5:]):
     assert start.needs is None and start.phases == ("imitation",)
     for cell in others:
       assert cell.needs is start and "imitation" not in cell.phases
@@ -84,6 +85,7 @@ def test_all_methods_of_a_task_and_seed_go_on_from_one_start(tmp_path):
   (dict(tasks=("pull_cub",)), ('"pull_cube"',)),
   (dict(changes=("preference.start=3",)), ('"preference.start"', '"preference.starts"')),
   (dict(changes=("preference.starts",)), ('"preference.starts"', "preference.starts=80")),
+  (dict(changes=("pull_cub:preference.starts=3",)), ('"pull_cub"', '"pull_cube"')),
   (dict(changes=("preference.starts=few",)), ('preference.starts="few"', "int")),
   (dict(changes=("preference.samples=1",)), ("preference.samples = 1",)),
   (dict(compare=("tpo",)), ('"tpo"', "ppo_clean:sta_ppo")),
@@ -94,6 +96,25 @@ def test_a_cell_that_could_not_run_is_refused_before_any_is_started(tmp_path, ch
   with pytest.raises(ConfigError) as caught:
     study_cells.make(settings(**changes), tmp_path, ipi)
   assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_change_may_be_of_one_task(tmp_path):
+  c = settings(tasks=("pull_cube", "put_carrot_on_plate"), seeds=(0,), changes=(
+    "preference.starts=11", "put_carrot_on_plate:preference.starts=12", "pick_cube:preference.starts=13",
+  ))  # fmt: skip
+  for cell in study_cells.make(c, tmp_path, ipi):
+    starts = [flag for flag in cell.command if flag.startswith("--config.preference.starts=")]
+    assert starts == [f"--config.preference.starts={11 if cell.task == 'pull_cube' else 12}"]
+
+
+def test_cells_share_rollouts_that_are_the_same(tmp_path):
+  """tpo and sta_tpo compare the same ones; grape makes others, and so does another seed."""
+  c = settings(tasks=("pull_cube",), seeds=(0, 1), methods=("tpo", "sta_tpo", "grape", "ppo_clean"))
+  cells = {(cell.method, cell.seed): cell for cell in study_cells.make(c, tmp_path, ipi)}
+  rollouts = {key: (cell.needs and cell.needs.folder, cell.rollouts) for key, cell in cells.items() if cell.rollouts}
+  assert set(rollouts) == {(method, seed) for method in ("tpo", "sta_tpo", "grape") for seed in (0, 1)}
+  assert rollouts["tpo", 0] == rollouts["sta_tpo", 0] != rollouts["grape", 0]
+  assert rollouts["tpo", 0] != rollouts["tpo", 1]
 
 
 def made_cells(folder: pathlib.Path, successes: dict[str, str], seeds=(0,)) -> list[Cell]:
@@ -150,6 +171,33 @@ def test_cells_run_side_by_side_once_after_their_start(tmp_path, quick):
   assert {cell: (cell.folder / "log.txt").read_text() for cell in cells} == dict.fromkeys(cells, "cores 1\n")
   assert written == {cell: (cell.folder / "summary.json").stat().st_mtime_ns for cell in cells}
   assert "b − a" in (tmp_path / "results.md").read_text()
+
+
+def test_a_cell_takes_over_the_rollouts_of_a_finished_one(tmp_path, quick):
+  cells = [dataclasses.replace(cell, rollouts=made) for cell, made in zip(
+    made_cells(tmp_path, {"a": "4", "b": "6", "c": "5"}), ((), ("x",), ("x",), ("y",)), strict=True)]  # fmt: skip
+  cells = [dataclasses.replace(cell, needs=cells[0] if i else None) for i, cell in enumerate(cells)]
+  data = cells[1].folder / "data" / "preference"
+  data.mkdir(parents=True)
+  for name, text in (("00000.episodes", "one"), ("00001.episodes", "two"), ("pairs.json", "a's own")):
+    (data / name).write_text(text)
+  cells[2].adopt(cells)
+  assert not (cells[2].folder / "data").exists()  # the other one is not finished
+  run(cells, tmp_path)
+  taken = {path.name: path.read_text() for path in (cells[2].folder / "data" / "preference").iterdir()}
+  assert taken == {"00000.episodes": "one", "00001.episodes": "two"}
+  assert not (cells[3].folder / "data").exists()
+
+
+def test_a_cell_that_somebody_else_stopped_goes_on(tmp_path, quick):
+  """It was the last one to run, and ended with the status that says: the same command continues."""
+  (cell,) = made_cells(tmp_path, {})
+  (tmp_path / "run.py").write_text(
+    "import pathlib, sys\nonce = pathlib.Path(sys.argv[1]) / 'once'\n"
+    f"if not once.exists():\n  once.touch()\n  sys.exit({STOPPED})\n" + RUN
+  )
+  runner = run([cell], tmp_path)
+  assert (cell.folder / "once").exists() and cell.finished() and not runner.failed
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(tmp_path, quick):
@@ -237,6 +285,17 @@ def test_a_learning_curve_is_the_mean_of_smoothed_seeds():
   assert len(one.x) == 2 and np.isnan(one.low).all() and one.seeds == 1
 
 
+def test_a_curve_is_of_finished_seeds_where_there_are_any(tmp_path, quick):
+  cells = made_cells(tmp_path, {"a": "4"}, seeds=(0, 1))
+  run(cells[:2], tmp_path)
+  row = {"phase": "interaction", "step": 1, "env_steps": 10, "time": 0.0, "success": 0.5}
+  (cells[3].folder).mkdir(parents=True)
+  (cells[3].folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  line = study_report.curves(cells, "toy")["a"]
+  assert (len(line.x), line.seeds) == (4, 1)
+  assert len(study_report.curves(cells[2:], "toy")["a"].x) == 1  # nothing else is there
+
+
 def test_a_seed_that_never_reached_a_stage_says_nothing_of_it():
   of = lambda reached, done: {"stages": evaluate.stage_rates(
     np.array([[i < reached, i < done] for i in range(4)]), ("Reach", "Place")
@@ -252,7 +311,7 @@ def test_results_are_written_from_what_is_there(tmp_path, quick):
   names = {path.name for path in study_report.write(tmp_path, CONFIG, cells)}
   assert names == {"results.md", "results.html", "curves-toy.svg", "curves-toy.png"}
   text = (tmp_path / "results.md").read_text()
-  assert "| b | 3 | 40 | 60.0 [60.0, 60.0] (60.0, 60.0, 60.0) |" in text and "| b − a | +20.0 [+20.0, +20.0]" in text
+  assert "| b | 3 | 40 | 60.0 [60.0, 60.0] (60.0, 60.0, 60.0) | 18/30 [42.3, 75.4] |" in text and "| b − a | +20.0 [+20.0, +20.0]" in text
   assert text.count("| sft |") == 1 and "| a − sft | +10.0" in text and "Not finished" not in text
   page = (tmp_path / "results.html").read_text()
   assert page.count("<table") == 2 and "fill-opacity" in page and "environment steps" in page
