@@ -11,7 +11,7 @@ import ml_collections
 
 from stare_jax.config import parse_arg
 
-# What docs/results.md was made with: about two hours per core and three cells at a time would want three cores.
+# What docs/results.md was made with.
 EVIDENCE = (
   "sim.num_workers=1",
   "pull_cube:preference.starts=80",
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   # The budget of a cell; 0: the preset's.
   c.interaction = dict(iterations=0)
   c.evaluation = dict(episodes=0)
-  # Any other field of all cells, or of those of one task: ("preference.starts=80", "pick_cube:interaction.hp.lam=0.95").
+  # Any other field of all cells, or of one task's: ("preference.starts=80", "pick_cube:interaction.hp.lam=0.95").
   c.changes = EVIDENCE if preset == "default" else ()
   if preset == "smoke":  # a policy that hardly succeeds has no success to prefer to a failure
     c.methods, c.tasks, c.seeds = ("ppo_clean", "sta_ppo", "sta_tpo"), ("pull_cube",), (0,)

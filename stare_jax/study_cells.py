@@ -29,7 +29,7 @@ class Cell:
     phases: that it trains, in order.
     total: updates or iterations of the last of them.
     needs: the cell whose checkpoint it starts from; None for that one.
-    rollouts: (field, value)s that, with that checkpoint, decide the rollouts of its Preference; empty where it has none.
+    rollouts: (field, value)s that, with that checkpoint, decide the rollouts of its Preference; () where it has none.
   """
 
   task: str
@@ -87,8 +87,11 @@ class Cell:
   @property
   def env_steps(self) -> int:
     """Environment steps after its start, of rollouts for pairs and of Interaction."""
+    return self.steps_of("preference rollouts", "interaction")
+
+  def steps_of(self, *names: str) -> int:
     steps = json.loads((self.folder / "summary.json").read_text())["env_steps"]
-    return sum(steps.get(name, 0) for name in ("preference rollouts", "interaction"))
+    return sum(steps.get(name, 0) for name in names)
 
   def evaluation(self) -> dict | None:
     """evaluations/<the last phase>.json, if it is there."""

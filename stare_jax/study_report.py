@@ -103,8 +103,11 @@ def curves(cells: Sequence[Any], task: str) -> dict[str, Curve]:
   runs: dict[str, dict[bool, list]] = {}
   for cell in cells:
     if cell.task == task and "interaction" in cell.phases:
+      done = cell.finished()
+      before = cell.steps_of("preference rollouts") if done else 0
       rows = [row for row in report.read_metrics(cell.folder / "metrics.jsonl") if row["phase"] == "interaction"]
-      runs.setdefault(cell.method, {True: [], False: []})[cell.finished()].append(rows)
+      rows = [row | {"env_steps": row["env_steps"] + before} for row in rows]
+      runs.setdefault(cell.method, {True: [], False: []})[done].append(rows)
   found = {method: learning_curve(rows[True] or rows[False]) for method, rows in runs.items()}
   return {method: line for method, line in found.items() if line is not None}
 
@@ -178,13 +181,13 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
 
 
 NOTE = (
-  "Means over seeds with Student's 95 % interval of the mean; all episodes together with Wilson's, as if the seeds were "
-  "one; differences are paired by seed, as methods of a task and seed share their start (sft)."
+  "Means over seeds with Student's 95 % interval of the mean; all episodes together with Wilson's, as if the seeds "
+  "were one; differences are paired by seed, as methods of a task and seed share their start (sft)."
 )
 CURVE_NOTE = (
   f"Success of the training rollouts, in each seed a centred mean over {SMOOTHING} iterations; the line is the mean "
   f"over seeds, the band Student's 95 % interval of it. A rollout is interaction.steps long, which may be less than an "
-  f"episode; what Preference used is not on the axis. The evaluations above have the figures to quote."
+  f"episode; what a method's Preference used comes before. The evaluations above have the figures to quote."
 )
 
 

@@ -100,6 +100,14 @@ def test_what_the_user_says_about_the_horizon_stands():
   assert resolved(config).preference.buckets == (40, 80) and config.sim.horizon == 70
 
 
+@pytest.mark.parametrize("task", tasks.names())
+def test_rollouts_as_long_as_an_episode_go_with_one_batch(task):
+  """What docs/baselines.md tells users whose task takes longer than the preset's rollouts."""
+  c = ipi.get_config(f"default,task={task}")
+  c.interaction.steps, c.interaction.batch = 0, 160
+  validate(resolved(c), tasks.names)
+
+
 def test_a_config_is_locked():
   with pytest.raises((AttributeError, KeyError), match="demonstrations"):
     ipi.get_config("smoke").imitation.demonstration = 3
