@@ -77,7 +77,11 @@ def test_methods_differ_from_each_other():
 
 
 def test_an_ablation_changes_one_thing():
-  for of, names in {"sta_tpo": ("no_cost", "no_gating", "tpo_same_pairs"), "sta_ppo": ("no_potential", "offset_0", "offset_1")}.items():
+  ablations = {
+    "sta_tpo": ("no_cost", "no_gating", "tpo_same_pairs"),
+    "sta_ppo": ("no_potential", "offset_0", "offset_1"),
+  }
+  for of, names in ablations.items():
     for name in names:
       assert len(set(ipi.METHODS[name].items()) - set(ipi.METHODS[of].items())) == 1
 
