@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import ml_collections
 import numpy as np
 import pytest
 
+from benchmarks import stage_rewards
 from stare_jax.episode import SIGNAL_SIZE, SIGNALS, Episode, StagedEpisode, pack_signals
 from stare_jax.losses import ops
 from stare_jax.pipeline_interaction import advantages
@@ -109,3 +111,17 @@ def test_without_bootstrap_nothing_is_worth_anything_after_the_time_limit(bootst
   np.testing.assert_allclose(data["returns"], flip(returns), rtol=1e-4, atol=1e-5)
   want = ops.standardize(flip(advantage).astype(np.float32), np.ones(18, bool))
   np.testing.assert_allclose(data["advantage"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_share_of_penalised_stage_changes_by_hand():
+  """Two episodes of three stages; the second one passes two of them and is penalised for the second change."""
+  of = lambda potential, stage, completed: SimpleNamespace(
+    potential=np.array(potential), stage_id=np.array(stage), completed=np.array(completed)
+  )  # fmt: skip
+  task = SimpleNamespace(stages=[SimpleNamespace(name=name) for name in "ABC"])
+  items = [of([0.2, 0.4, 0.8], [0, 0], [True, False, False]),
+           of([0.1, 0.9, 1.0, 1.2], [0, 1, 2], [True, True, False])]  # fmt: skip
+  first, second, inside = stage_rewards.changes(task, items, 0.5)
+  assert first == {"change": "A -> B", "steps": 2, "rise": 0.6, "reward": 0.175, "penalised": 0.0}
+  assert second == {"change": "B -> C", "steps": 1, "rise": 0.1, "reward": -0.4, "penalised": 1.0}
+  assert inside["steps"] == 2 and inside["reward"] == -0.2
