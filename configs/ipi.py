@@ -78,6 +78,7 @@ RL4VLA = STA_PPO | {
 METHODS = {
   "ipi": {},  # the preset as it is: all three phases
   "sft": SFT,
+  "preference": {"phases": ("imitation", "preference")},  # the preset's own, without what comes after
   "tpo": TPO,
   "grape": TPO | {
     "preference.loss": "window_tpo", "preference.hp.beta": 0.1, "preference.samples": 6, "preference.samples_max": 11,
