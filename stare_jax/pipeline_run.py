@@ -321,6 +321,7 @@ def gather(
         found = collector.episodes(chunk)
         meta = {"digest": digest, "fields": checkpoint.flatten_config(fields), "seconds": time.monotonic() - began}
         dataset.write(path, found, meta)
+        found, _ = dataset.open(path)  # the images leave the memory: from here on they are those of the file
       episodes += found
       seconds += meta.get("seconds", 0.0)
   run.seconds[f"{name} rollouts"] = seconds
