@@ -292,7 +292,7 @@ def check_torch(platform: str) -> None:
 
   if platform != "cpu" and not torch.cuda.is_available():
     raise SystemExit(
-      f"JAX runs on a {platform}, and torch {torch.__version__} finds no CUDA device: set-up installs torch's CPU build "
+      f"JAX runs on a {platform}, and torch {torch.__version__} finds no CUDA device: set-up takes torch's CPU build "
       f"where STARE_TORCH_INDEX names one, which is enough for the simulators. Install torch's CUDA build of this "
       f"version in an environment of its own (PyTorch's install page names its index), or time our side alone with "
       f"--sides jax, or both on the CPU with JAX_PLATFORMS=cpu --size small"

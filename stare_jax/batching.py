@@ -198,10 +198,10 @@ class Rows:
   """
 
   def __init__(self, arrays: Sequence[np.ndarray]):
-    if len({(array.dtype, array.shape[1:]) for array in arrays}) != 1:
+    kinds = {f"{array.dtype}{list(array.shape[1:])}" for array in arrays}
+    if len(kinds) != 1:
       raise ValueError(
-        f"Rows: got {sorted({f'{array.dtype}{list(array.shape[1:])}' for array in arrays})} per row, expected arrays of "
-        "one dtype and shape; episodes of one simulator have them"
+        f"Rows: got rows of {sorted(kinds)}, expected one dtype and shape; episodes of one simulator have them"
       )
     self._arrays = list(arrays)
     self._end = np.cumsum([len(array) for array in arrays])

@@ -98,14 +98,17 @@ def main(argv: list[str]) -> int | None:
     processes.leave(1, describe(error), traceback.format_exc())
     raise
   processes.leave()
-  if not processes.first():
-    return
-  files = "report.html    open it in a browser\n  summary.json   the figures\n" \
-          "  metrics.jsonl, tensorboard/, checkpoints/, videos/"
-  if job is pipeline_suites:
-    files = "suites.html    open it in a browser\n  suites.md, suites.json"
+  if processes.first():
+    show_files(workdir, suites=job is pipeline_suites)
+
+
+def show_files(workdir: str, *, suites: bool) -> None:
+  files = ("report.html    open it in a browser", "summary.json   the figures",
+           "metrics.jsonl, tensorboard/, checkpoints/, videos/")  # fmt: skip
+  if suites:
+    files = ("suites.html    open it in a browser", "suites.md, suites.json")
   with contextlib.suppress(OSError):
-    print(f"\nDone. Results are in {workdir}:\n  {files}")
+    print(f"\nDone. Results are in {workdir}:", *files, sep="\n  ")
 
 
 def run_name(config: Any) -> str:

@@ -324,5 +324,5 @@ def test_rows_are_those_of_the_arrays_put_together_which_they_never_are():
     assert found.dtype == np.uint8 and found.flags.writeable
   with pytest.raises(IndexError, match="got rows 3 to 49, expected 0 to 48"):
     rows[np.array([3, 49])]
-  with pytest.raises(ValueError, match="expected arrays of one dtype and shape"):
+  with pytest.raises(ValueError, match="expected one dtype and shape"):
     batching.Rows([whole, whole[:, :32]])

@@ -191,12 +191,12 @@ echo "said after"; exit 75""")
   env = {"PATH": f"{pod / 'bin'}:/usr/bin:/bin", "HOME": str(pod), "CALLS": str(calls), **pod_variables(pod)}
   command = functools.partial(subprocess.Popen, ["bash", str(script)], cwd=pod, env=env, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
-  mains = lambda: [line for line in calls.read_text().splitlines() if "stare_jax.main" in line] if calls.exists() else []
+  called = lambda what: [line for line in calls.read_text().splitlines() if what in line]
   try:
     with command() as first:
       assert first.stdout.readline() == "said before\n"
       os.killpg(first.pid, signal.SIGKILL)  # the laptop sleeps: all that it started there is gone
-    (main,) = mains()
+    (main,) = called("stare_jax.main")
     os.kill(int(main.split()[0]), 0)
     with command() as second:
       assert "a run is going on here" in second.stdout.readline()
@@ -204,11 +204,10 @@ echo "said after"; exit 75""")
         assert second.poll() is None
       (pod / "calls.end").touch()
       assert second.stdout.read() == "said after\n"
-    assert second.returncode == 0 and len(mains()) == 1
-    assert len([line for line in calls.read_text().splitlines() if line.startswith("git checkout")]) == 1
+    assert second.returncode == 0 and len(called("stare_jax.main")) == len(called("git checkout")) == 1
     with command() as third:  # of a run that is over: a new one, which ends at once
       assert third.stdout.read().splitlines() == ["said before", "said after"]
-    assert third.returncode == 75 and len(mains()) == 2
+    assert third.returncode == 75 and len(called("stare_jax.main")) == 2
   finally:
     (pod / "calls.end").touch()
   (log,) = (pod / "the share" / "a run").glob("worker-*.log")

@@ -72,7 +72,8 @@ def test_collected_episodes_leave_the_memory_for_their_file(tmp_path):
       return collected[-len(starts) :]
 
   run = SimpleNamespace(workdir=tmp_path, seconds={}, env_steps={}, collector=lambda actor, **_: Collector())
-  gather = functools.partial(pipeline_run.gather, run, "demonstrations", [Start(i) for i in range(70)], object, {"a": 1})
+  starts = [Start(seed) for seed in range(70)]
+  gather = functools.partial(pipeline_run.gather, run, "demonstrations", starts, object, {"a": 1})
   first, second = gather(), gather()
   assert len(collected) == 70 and all(is_mapped(e.images) for e in [*first, *second])
   for a, b, c in zip(collected, first, second, strict=True):
