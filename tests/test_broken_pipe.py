@@ -67,16 +67,16 @@ def end(status: int):
 
 
 @pytest.fixture
-def two_processes(monkeypatch, broken):
-  """This one is process 1 of 2, and nobody reads its stderr."""
+def two_processes(monkeypatch):
+  """This one is process 1 of 2."""
   monkeypatch.setattr(processes, "count", lambda: 2)
   monkeypatch.setattr(processes, "index", lambda: 1)
   monkeypatch.setattr(processes, "time", types.SimpleNamespace(sleep=lambda seconds: None))
   monkeypatch.setattr(processes, "os", types.SimpleNamespace(_exit=end))
-  monkeypatch.setattr(sys, "stderr", broken)
 
 
-def test_the_others_learn_of_an_error(monkeypatch, two_processes):
+def test_the_others_learn_of_an_error(monkeypatch, broken, two_processes):
+  monkeypatch.setattr(sys, "stderr", broken)  # not in a fixture: pytest sets it again before the test is called
   watch = processes.Watch()
   here, there = socket.socketpair()
   watch._peers[0] = here
@@ -86,7 +86,8 @@ def test_the_others_learn_of_an_error(monkeypatch, two_processes):
   assert json.loads(there.recv(1000)) == {"gone": 1, "error": "the disk is full"}
 
 
-def test_an_error_of_the_others_ends_this_one(two_processes):
+def test_an_error_of_the_others_ends_this_one(monkeypatch, broken, two_processes):
+  monkeypatch.setattr(sys, "stderr", broken)
   here, there = socket.socketpair()
   there.sendall(json.dumps({"gone": 0, "error": "the disk is full"}).encode() + b"\n")
   with pytest.raises(Ended, match=str(processes.GONE)):

@@ -254,7 +254,7 @@ AS_WRITTEN = [("v5e", 128), ("v5e", 256), ("v5p", 16), ("v5p", 32), ("v6e", 32),
 WITH_FLAGS = [
   ("v5e", 64, {"preference.micro_batch": 512}),
   ("v5e", 32, dict(zip(MICRO, (4, 4, 256)))),
-  ("v5e", 16, dict(zip(MICRO, (8, 8, 128)))),
+  ("v5e", 16, dict(zip(MICRO, (8, 8, 64)))),
   ("v6e", 16, dict(zip(MICRO, (2, 2, 512)))),
   ("v4", 16, dict(zip(MICRO, (2, 2, 512)))),
 ]
