@@ -286,6 +286,19 @@ def quartiles(x: np.ndarray, digits: int) -> dict[str, float]:
   return dict(zip(("q1", "median", "q3"), (round(float(q), digits) for q in np.quantile(x, (0.25, 0.5, 0.75)))))
 
 
+def check_torch(platform: str) -> None:
+  """Ends the program where JAX has a device that torch was not built for, before hours are spent on one side."""
+  import torch
+
+  if platform != "cpu" and not torch.cuda.is_available():
+    raise SystemExit(
+      f"JAX runs on a {platform}, and torch {torch.__version__} finds no CUDA device: set-up takes torch's CPU build "
+      f"where STARE_TORCH_INDEX names one, which is enough for the simulators. Install torch's CUDA build of this "
+      f"version in an environment of its own (PyTorch's install page names its index), or time our side alone with "
+      f"--sides jax, or both on the CPU with JAX_PLATFORMS=cpu --size small"
+    )
+
+
 class Comparison:
   """Both sides, and the line that each case prints."""
 
@@ -294,7 +307,9 @@ class Comparison:
 
     from stare_jax import policies
 
-    self.args, self.cores = args, cores
+    self.args, self.cores, self.device = args, cores, jax.devices()[0]
+    if "torch" in args.sides:
+      check_torch(self.device.platform)
     # A program is compiled to read its memory, and again by the update that runs it.
     self.compiled = tempfile.TemporaryDirectory()
     jax.config.update("jax_compilation_cache_dir", self.compiled.name)
@@ -302,7 +317,7 @@ class Comparison:
     stats = policies.ActionStats(-np.ones(7), np.ones(7), np.arange(7) < 6)
     options = {**(SMALL if args.size == "small" else {}), **args.options}
     self.policy = policies.make(size="7b", stats=stats, tokenizer=lambda text: [5], **options)
-    self.config, self.device = self.policy.config, jax.devices()[0]
+    self.config = self.policy.config
     self.torch = self.jax = None
     if "torch" in args.sides:
       import torch
@@ -389,10 +404,11 @@ class Comparison:
 
         modules = [m.name for m in lora.make(self.config, rank=self.args.rank).modules] if self.args.rank else []
         self.torch.adapt(self.args.rank, min(self.args.rank, 16), modules)
+      self.torch.checkpoint(False)  # the case before may have needed it
       call = functools.partial(getattr(self.torch, what), self.torch.put(batch))
       done, fits = attempt(functools.partial(self.torch.measure_peak, call))
       if not fits:
-        self.torch.checkpoint()
+        self.torch.checkpoint(True)
         recomputed = True
         done, fits = attempt(functools.partial(self.torch.measure_peak, call))
       prepared |= {"torch": (synchronised(self.torch, call), done)} if fits else {}

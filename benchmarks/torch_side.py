@@ -133,10 +133,14 @@ class Torch:
     self.trained = trained
     self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=self.half)
 
-  def checkpoint(self) -> None:
-    """Recompute the decoder's layers in the backward pass."""
-    self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    self.model.language_model.train()  # transformers checkpoints in this mode only; Llama has no dropout
+  def checkpoint(self, on: bool) -> None:
+    """Recompute the decoder's layers in the backward pass, or keep what they made."""
+    llm = self.model.language_model
+    if on:
+      llm.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+      llm.gradient_checkpointing_disable()
+    llm.train(on)  # transformers checkpoints in this mode only; Llama has no dropout
 
   def _step(self, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
     self.optimizer.zero_grad(set_to_none=True)

@@ -38,7 +38,9 @@ SEVEN_B = {
   "interaction.steps": 80, "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95,
   "interaction.hp.value_clip": 0.2, "interaction.optimiser.clip_norm": 10.0, "evaluation.temperature": 0.6,
 }  # fmt: skip
-PRESETS["openvla_7b"] = SEVEN_B | {  # everything is trained, on a pod of 16 chips or more
+# Everything is trained. As written: v5e of 128 chips and more, v6e and v4 of 32, v5p of 16, 16 GPUs of 80 GB; smaller
+# slices of 16 chips and more with the micro-batches that docs/scaling.md lists. 250 GiB of disk in each phase.
+PRESETS["openvla_7b"] = SEVEN_B | {
   "mesh.fsdp": 16,
   "policy.options": {"remat": "block", "param_dtype": "float32", "compute_dtype": "bfloat16"},
   "imitation.demonstrations": 16384, "imitation.batch": 1024, "imitation.updates": 2000,

@@ -188,6 +188,39 @@ def pair_statistics(staged: Sequence[StagedEpisode], pairs: Sequence[Pair]) -> d
   }
 
 
+class Rows:
+  """The rows of several arrays as if they lay one after another; only what is asked for is copied.
+
+  So images of a mapped file (`dataset.open`) stay on the disk until a batch wants them.
+
+  Args:
+    arrays: of one dtype, [n_i, ...] with equal axes after the first.
+  """
+
+  def __init__(self, arrays: Sequence[np.ndarray]):
+    kinds = {f"{array.dtype}{list(array.shape[1:])}" for array in arrays}
+    if len(kinds) != 1:
+      raise ValueError(
+        f"Rows: got rows of {sorted(kinds)}, expected one dtype and shape; episodes of one simulator have them"
+      )
+    self._arrays = list(arrays)
+    self._end = np.cumsum([len(array) for array in arrays])
+
+  def __len__(self) -> int:
+    return int(self._end[-1])
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    """int[N], each from 0 to len(self) - 1 -> [N, ...], what `np.concatenate(arrays)[rows]` is."""
+    rows = np.asarray(rows, np.int64)
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+      raise IndexError(f"Rows: got rows {rows.min()} to {rows.max()}, expected 0 to {len(self) - 1}")
+    out = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
+    which = np.searchsorted(self._end, rows, side="right")
+    for at, (array, row) in enumerate(zip(which, rows, strict=True)):
+      out[at] = self._arrays[array][row - self._end[array]]  # counted from the array's end
+    return out
+
+
 def pair_lengths(staged: Sequence[StagedEpisode], pairs: Sequence[Pair]) -> np.ndarray:
   """int64[P]: steps of the longer episode of each pair, what its row must hold."""
   return np.array([max(len(staged[p.first].episode), len(staged[p.second].episode)) for p in pairs], np.int64)

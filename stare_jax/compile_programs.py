@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stare_jax import pipeline_policy, pipeline_updates, policies, rollout, roofline, roofline_hlo, sharding, train
-from stare_jax.pipeline_check import resolved
+from stare_jax.pipeline_check import check_batches, resolved
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
 PARTS = {"imitation": "SFT", "preference": "StA-TPO", "interaction": "StA-PPO", "act": "act"}
@@ -247,33 +247,54 @@ def report(config: Any, name: str, programs: Sequence[str], path: str = "") -> l
 # GPUs: by formula -------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Absent:
+  """A GPU that is not here, in the place of a `jax.Device`: enough to make a mesh of."""
+
+  id: int
+  device_kind: str
+  platform: str = "gpu"
+  process_index: int = 0
+
+
 def plan(config: Any, text: str) -> str:
-  """The memory plan of "8xH100" in words. Raises: ValueError for what is not "NxGPU"."""
+  """The memory plan of "8xH100" in words, of the phases that run.
+
+  Raises: ValueError for what is not "NxGPU", and for a mesh or a batch with which a run would not start there either.
+  """
   found = re.fullmatch(r"(\d+)x(\w+)", text)
   gpus = [name for name in roofline.CHIPS if not name.startswith("v")]
   if found is None or found[2] not in gpus or int(found[1]) < 1:
     raise ValueError(f"devices {text!r}: expected a number and one of {gpus}, such as 8xH100")
   devices, chip = int(found[1]), roofline.CHIPS[found[2]]
   policy = make_policy(config)
-  params = jax.eval_shape(policy.init, jax.random.key(0))
+  mesh = sharding.make_mesh(dict(config.mesh), [Absent(i, found[2]) for i in range(devices)])
+  shards = sharding.batch_shards(mesh)
+  check_batches(config, shards)
+  params = abstract_params(policy, mesh)
   lines = [f"memory plan of {config.preset} on {devices} x {found[2]}, {chip.hbm / 2**30:.1f} GiB each; in GiB per GPU"]
-  programs = {
-    "imitation": config.imitation.batch // config.imitation.micro_batches,
-    "preference": config.preference.micro_batch,
-    "interaction": config.interaction.batch // config.interaction.micro_batches,
-  }
   trainable = lora_parameters(config, policy, params)
-  for program, rows in programs.items():
-    here = math.ceil(rows * max(config.mesh.tensor, 1) / devices)  # all devices of tensor see the same rows
-    pieces = math.gcd(devices, max(config.mesh.fsdp, 1) * max(config.mesh.tensor, 1))
+  for program in config.phases:
+    rows, summed = micro_batch(config, program)
+    here = rows // shards
     sizes = roofline.memory_plan(
-      params, policy.config, devices=pieces, rows=here, remat=policy.config.remat, trainable=trainable
-    )
+      params, policy.config, devices=mesh.shape["fsdp"] * mesh.shape["tensor"], rows=here, remat=policy.config.remat,
+      trainable=trainable, summed=summed,
+    )  # fmt: skip
     total = roofline.training_bytes(sizes)
     fits = "fits" if total < 0.9 * chip.hbm else "DOES NOT FIT: use smaller micro-batches, more devices or LoRA"
-    lines.append(f"{PARTS[program]:<8} {here} rows per GPU: {total / 2**30:.1f}, {fits}")
+    lines.append(f"{PARTS[program]:<8} {here} rows per GPU: {total / 2**30:.1f}, activations counted {roofline.HELD} "
+                 f"times (as compiled programs hold them), {fits}")
     lines += [f"  {size / 2**30:8.2f}  {name}" for name, size in sizes.items()]
   return "\n".join(lines)
+
+
+def micro_batch(config: Any, program: str) -> tuple[int, bool]:
+  """(rows of one micro-batch on all devices, whether the gradients of several are summed) of a phase's update."""
+  section = config[program]
+  if program == "preference":
+    return section.micro_batch, 2 * section.batch * max(resolved(config).preference.buckets) > section.micro_batch
+  return section.batch // section.micro_batches, section.micro_batches > 1
 
 
 def lora_parameters(config: Any, policy: policies.Policy, params: Any) -> int | None:

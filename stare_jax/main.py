@@ -15,6 +15,7 @@ refused update, with one message that says what to do; 3: another process of the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import errno
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int | None:
   # absl has put its own handler and level there; ours is plain, and the libraries' chatter stays at warnings.
   logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
   log.setLevel(logging.INFO)
+  atexit.register(drop_what_nobody_reads)
   if len(argv) > 1:
     fail(f"unexpected arguments {argv[1:]}; settings are flags, such as --config.seed=1")
   if CONFIG.value is None:
@@ -96,13 +98,17 @@ def main(argv: list[str]) -> int | None:
     processes.leave(1, describe(error), traceback.format_exc())
     raise
   processes.leave()
-  if not processes.first():
-    return
-  if job is pipeline_suites:
-    print(f"\nDone. Results are in {workdir}:\n  suites.html    open it in a browser\n  suites.md, suites.json")
-  else:
-    print(f"\nDone. Results are in {workdir}:\n  report.html    open it in a browser\n  summary.json   the figures\n"
-          f"  metrics.jsonl, tensorboard/, checkpoints/, videos/")
+  if processes.first():
+    show_files(workdir, suites=job is pipeline_suites)
+
+
+def show_files(workdir: str, *, suites: bool) -> None:
+  files = ("report.html    open it in a browser", "summary.json   the figures",
+           "metrics.jsonl, tensorboard/, checkpoints/, videos/")  # fmt: skip
+  if suites:
+    files = ("suites.html    open it in a browser", "suites.md, suites.json")
+  with contextlib.suppress(OSError):
+    print(f"\nDone. Results are in {workdir}:", *files, sep="\n  ")
 
 
 def run_name(config: Any) -> str:
@@ -141,9 +147,10 @@ def join() -> None:
       DISTRIBUTED.value, NUM_PROCESSES.value, PROCESS_ID.value, heartbeat=HEARTBEAT.value
     )  # fmt: skip
   except (RuntimeError, ValueError, OSError) as error:
-    print(f"the processes did not come together ({error}). --distributed={DISTRIBUTED.value}: start all of them within "
-          f"five minutes, with the same address and --num_processes; docs/launching.md has a script for each machine",
-          file=sys.stderr, flush=True)  # fmt: skip
+    with contextlib.suppress(OSError):
+      print(f"the processes did not come together ({error}). --distributed={DISTRIBUTED.value}: start all of them "
+            f"within five minutes, with the same address and --num_processes; docs/launching.md has a script for each "
+            f"machine", file=sys.stderr, flush=True)  # fmt: skip
     os._exit(2)  # an orderly end would wait for the others
   here = f"[process {processes.index()} of {processes.count()}] %(message)s"
   logging.basicConfig(format=here, stream=sys.stderr, level=logging.WARNING, force=True)
@@ -159,8 +166,18 @@ def describe(error: BaseException) -> str:
 
 
 def fail(message: str) -> NoReturn:
-  print(message, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):
+    print(message, file=sys.stderr, flush=True)
   sys.exit(2)
+
+
+def drop_what_nobody_reads() -> None:
+  """What a closed pipe did not take would fail again at the interpreter's end, and make of any status a 120."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse_flags(argv: list[str]) -> list[str]:

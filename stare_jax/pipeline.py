@@ -85,7 +85,7 @@ def imitation(run: Run) -> Any:
   episodes = demonstrations(run)
   actions = np.concatenate([episode.actions for episode in episodes])
   run.use_statistics(run.folder_statistics or policies.ActionStats.from_actions(actions))
-  images = np.concatenate([episode.images for episode in episodes])
+  images = batching.Rows([episode.images for episode in episodes])  # all of them need not fit into memory
   tokens = run.policy.tokenize(actions)
   tx, update = pipeline_updates.imitation(run.policy, c, run.mesh, run.param_axes)
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)

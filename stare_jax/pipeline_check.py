@@ -64,6 +64,20 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   check_folder(pathlib.Path(workdir))
 
 
+def check_batches(config: Any, shards: int) -> None:
+  """Raises ConfigError where not every device gets the same share of every batch; shards: mesh.data x mesh.fsdp."""
+  c = config
+  fields = {
+    "imitation.batch": c.imitation.micro_batches, "preference.batch": 1, "preference.micro_batch": 1,
+    "interaction.batch": c.interaction.micro_batches,
+  }  # fmt: skip
+  for field, parts in fields.items():
+    section, key = field.split(".")
+    if section in c.phases and c[section][key] % (parts * shards):
+      raise ConfigError(f"{field} = {c[section][key]} does not divide over {shards} devices (mesh.data x mesh.fsdp) "
+                        f"x {parts} micro-batches: choose a multiple of {parts * shards}, or another --config.mesh")
+
+
 def check_evaluation(config: Any) -> None:
   """Raises ConfigError where suites cannot be run, or an evaluation would count a start twice or one of training."""
   c, seeds = config.evaluation, 1

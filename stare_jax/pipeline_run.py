@@ -31,7 +31,7 @@ from stare_jax import (
 )
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
-from stare_jax.pipeline_check import IDENTITY_SKIPS, TRAINING, resolved
+from stare_jax.pipeline_check import IDENTITY_SKIPS, TRAINING, check_batches, resolved
 from stare_jax.pipeline_policy import Base, carry, described, folder_statistics, make_policy, table
 from stare_jax.policies import action_stats
 from stare_jax.rollout import Collector, PolicyActor, Start, Stop, compile_act
@@ -55,7 +55,7 @@ class Run:
                config.evaluation.episodes, self.task.starts, self.task.name)  # fmt: skip
     self.mesh = sharding.make_mesh(dict(config.mesh))
     self.key = jax.random.key(config.seed)
-    self._check_shards()
+    check_batches(self.config, sharding.batch_shards(self.mesh))
     pipeline_together.check(config, self.workdir)
     unit = np.ones(7, np.float32)  # a mistake in the policy's options is answered before any work is done
     make_policy(config, policies.ActionStats(-unit, unit, unit > 0))
@@ -107,19 +107,6 @@ class Run:
     """Called in what a process does in its own time: the others learn of it where they meet next."""
     if self.stop():
       raise Stop
-
-  def _check_shards(self) -> None:
-    """Every device gets the same share of every batch."""
-    c, shards = self.config, sharding.batch_shards(self.mesh)
-    fields = {
-      "imitation.batch": c.imitation.micro_batches, "preference.batch": 1, "preference.micro_batch": 1,
-      "interaction.batch": c.interaction.micro_batches,
-    }  # fmt: skip
-    for field, parts in fields.items():
-      section, key = field.split(".")
-      if section in c.phases and c[section][key] % (parts * shards):
-        raise ConfigError(f"{field} = {c[section][key]} does not divide over {shards} devices (mesh.data x mesh.fsdp) "
-                          f"x {parts} micro-batches: choose a multiple of {parts * shards}, or another --config.mesh")
 
   def use_statistics(self, stats: policies.ActionStats) -> None:
     self.stats = stats
@@ -317,6 +304,7 @@ def gather(
         found = collector.episodes(chunk)
         meta = {"digest": digest, "fields": checkpoint.flatten_config(fields), "seconds": time.monotonic() - began}
         dataset.write(path, found, meta)
+        found, _ = dataset.open(path)  # the images leave the memory: from here on they are those of the file
       episodes += found
       seconds += meta.get("seconds", 0.0)
   run.seconds[f"{name} rollouts"] = seconds

@@ -26,8 +26,8 @@ from stare_jax.episode import Episode
 from stare_jax.rollout import Collector, Start, Stop
 
 SHARED = (
-  "start all of them with one command and one --workdir, a folder that all processes share under the same name (NFS, "
-  "Lustre, a mounted bucket)"
+  "start all of them with one command and one --workdir, a folder that all processes share under the same name (NFS or "
+  "Lustre, say)"
 )
 PART = 64  # episodes per file that a process writes for itself
 

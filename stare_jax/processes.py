@@ -153,7 +153,7 @@ def appear(path: pathlib.Path) -> None:
     if time.monotonic() > until:
       raise ProcessError(
         f"process {index()} does not see {path}, which process 0 has written: --workdir has to be a folder that all "
-        f"processes share, under the same name (NFS, Lustre, a mounted bucket)"
+        f"processes share, under the same name (NFS or Lustre, say)"
       )
     with contextlib.suppress(OSError):
       os.listdir(path.parent)  # makes a network file system look again
@@ -230,11 +230,12 @@ class Watch:
     if first():
       self._tell(news, but=who)
     how = f"failed: {news['error']}" if news["error"] else "is gone: killed, or its machine was lost."
-    print(
-      f"process {news['gone']} of {count()} {how}\nProcess {index()} cannot go on without it and ends too (status "
-      f"{GONE}). The last checkpoints are whole: start all processes again with the same command and the run continues",
-      file=sys.stderr, flush=True,
-    )  # fmt: skip
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+      print(
+        f"process {news['gone']} of {count()} {how}\nProcess {index()} cannot go on without it and ends too (status "
+        f"{GONE}). The last checkpoints are whole: start all processes again with the same command and the run "
+        f"continues", file=sys.stderr, flush=True,
+      )  # fmt: skip
     os._exit(GONE)  # the main thread may wait in an exchange that nobody will answer
 
 
@@ -258,7 +259,8 @@ def leave(status: int = 0, error: str = "", details: str = "") -> None:
     return
   if status:
     time.sleep(2.0)
-    print(details or error, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the others have to learn of it though nobody reads here any more
+      print(details or error, file=sys.stderr, flush=True)
   _watch.leave(error)
   if status:
     os._exit(status)

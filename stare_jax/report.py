@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import logging
@@ -256,6 +257,8 @@ def duration(seconds: float) -> str:
 class Progress:
   """A bar on a terminal; elsewhere (a log file, CI) one line every `interval` seconds.
 
+  Where nobody reads any more (a terminal that was closed, a full disk under the log) the run goes on unseen.
+
   Args:
     phase: shown in front.
     total: steps in all, `initial` of them already done (a resumed run).
@@ -306,8 +309,9 @@ class Progress:
     if self._from is None:
       self._from = (now, self.done)
     if self._bar is not None:
-      self._bar.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()}, refresh=False)
-      self._bar.update(n)
+      with contextlib.suppress(OSError):
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()}, refresh=False)
+        self._bar.update(n)
     elif now - self._printed >= self._interval:
       self._print(now)
 
@@ -322,22 +326,25 @@ class Progress:
 
   def write(self, message: str) -> None:
     """A line of its own, which does not tear the bar."""
-    if self._bar is not None:
-      self._bar.write(message, file=self._stream)
-    elif not self._quiet:
-      print(message, file=self._stream, flush=True)
+    with contextlib.suppress(OSError):
+      if self._bar is not None:
+        self._bar.write(message, file=self._stream)
+      elif not self._quiet:
+        print(message, file=self._stream, flush=True)
 
   def _print(self, now: float) -> None:
     self._printed, self._printed_at = now, self.done
     if not self._quiet:
-      print(self.line(), file=self._stream, flush=True)
+      with contextlib.suppress(OSError):
+        print(self.line(), file=self._stream, flush=True)
 
   def close(self) -> None:
     if self._closed:
       return
     self._closed = True
     if self._bar is not None:
-      self._bar.close()
+      with contextlib.suppress(OSError):
+        self._bar.close()
     elif self.done != self._printed_at:
       self._print(self._clock())
 

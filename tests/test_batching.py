@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -304,3 +305,24 @@ def test_an_epoch_is_loud():
     batching.epoch_batches(3, 4, seed=0, epoch=0)
   with pytest.raises(ValueError, match="one bucket for each of 8 items"):
     batching.epoch_batches(8, 4, seed=0, epoch=0, buckets=np.ones(3))
+
+
+def test_rows_are_those_of_the_arrays_put_together_which_they_never_are():
+  rng = np.random.default_rng(0)
+  arrays = [rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8) for n in (5, 1, 0, 40, 3)]
+  whole = np.concatenate(arrays)
+  tracemalloc.start()
+  rows = batching.Rows(arrays)
+  rows[np.arange(4)]
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < whole.nbytes / 4
+  assert len(rows) == len(whole) == 49
+  for wanted in ([0, 4, 5, 6, 45, 46, 48], rng.permutation(49)[:8], [7, 7], []):
+    found = rows[np.array(wanted, np.int64)]
+    np.testing.assert_array_equal(found, whole[np.array(wanted, np.int64)])
+    assert found.dtype == np.uint8 and found.flags.writeable
+  with pytest.raises(IndexError, match="got rows 3 to 49, expected 0 to 48"):
+    rows[np.array([3, 49])]
+  with pytest.raises(ValueError, match="expected one dtype and shape"):
+    batching.Rows([whole, whole[:, :32]])

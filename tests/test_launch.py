@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -142,8 +145,10 @@ def test_slurm_queues_a_stopped_run_again(tmp_path, statuses, requeue, status, a
   assert int(started) > main.HEARTBEAT.default  # by then the others have noticed one that fell silent
 
 
-def test_tpu_workers_get_one_command(tmp_path):
-  """A stand-in for gcloud runs what it would send to a worker; there, sudo and git only write down their calls."""
+@pytest.fixture
+def pod(tmp_path):
+  """A stand-in for gcloud runs what it would send to a worker; there, sudo and git only write down their calls, and
+  make folders."""
   here = checkout(tmp_path)
   (here / "bin").mkdir()
   worker = here / "stare_jax"
@@ -153,18 +158,60 @@ def test_tpu_workers_get_one_command(tmp_path):
 for word in "$@"; do case $word in --command=*) command=${word#--command=} ;; --worker=all) all=1 ;; esac; done
 [ "${all:-}" = 1 ] && exec bash -c "$command" """)
   for name in ("sudo", "git"):
-    fake(here / "bin", name, f'printf "%q " {name} "$@" >>"$CALLS"; echo >>"$CALLS"')
+    fake(here / "bin", name, f"""
+printf "%q " {name} "$@" >>"$CALLS"; echo >>"$CALLS"
+case $1 in mkdir | install) exec "$@" ;; esac""")
   fake(here / "bin", "mountpoint", "exit 1")
-  calls = run(
-    here / "launch" / "tpu_pod.sh", here, "--config.seed=5", TPU="pod", ZONE="zone", NFS="10.0.0.2:/share",
-    REPOSITORY="host:repository", COMMIT="abc", RUN="a run",
-  )  # fmt: skip
-  assert ["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/stare_jax"] in calls
+  return here
+
+
+def pod_variables(here: pathlib.Path) -> dict[str, str]:
+  return dict(TPU="pod", ZONE="zone", NFS="10.0.0.2:/share", REPOSITORY="host:repository", COMMIT="abc", RUN="a run",
+              MOUNT=str(here / "the share"))  # fmt: skip
+
+
+def test_tpu_workers_get_one_command(pod):
+  calls = run(pod / "launch" / "tpu_pod.sh", pod, "--config.seed=5", **pod_variables(pod))
+  assert ["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", str(pod / "the share")] in calls
   assert ["git", "checkout", "--quiet", "--detach", "abc"] in calls
   assert ["setup", "tpu", "--no-rendering"] in calls
   found = understood(["main", *command_of(calls[-1])])
   assert (found["distributed"], found["wrong"], found["seed"]) == ("auto", "", 5)
-  assert found["workdir"] == "/mnt/stare_jax/a run"
+  assert found["workdir"] == f"{pod / 'the share'}/a run"
+
+
+def test_a_tpu_run_outlives_whoever_started_it(pod):
+  """It is started once, whoever asks again sees its log, and its status comes back to who stayed."""
+  fake(pod / "stare_jax" / ".venv" / "bin", "python", """
+[ "$2" = stare_jax.main ] || exit 0
+echo "$$ stare_jax.main" >>"$CALLS"; echo "said before"
+until [ -e "$CALLS.end" ]; do sleep 0.05; done
+echo "said after"; exit 75""")
+  script, calls = pod / "launch" / "tpu_pod.sh", pod / "calls"
+  env = {"PATH": f"{pod / 'bin'}:/usr/bin:/bin", "HOME": str(pod), "CALLS": str(calls), **pod_variables(pod)}
+  command = functools.partial(subprocess.Popen, ["bash", str(script)], cwd=pod, env=env, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+  called = lambda what: [line for line in calls.read_text().splitlines() if what in line]
+  try:
+    with command() as first:
+      assert first.stdout.readline() == "said before\n"
+      os.killpg(first.pid, signal.SIGKILL)  # the laptop sleeps: all that it started there is gone
+    (main,) = called("stare_jax.main")
+    os.kill(int(main.split()[0]), 0)
+    with command() as second:
+      assert "a run is going on here" in second.stdout.readline()
+      while second.stdout.readline() != "said before\n":
+        assert second.poll() is None
+      (pod / "calls.end").touch()
+      assert second.stdout.read() == "said after\n"
+    assert second.returncode == 0 and len(called("stare_jax.main")) == len(called("git checkout")) == 1
+    with command() as third:  # of a run that is over: a new one, which ends at once
+      assert third.stdout.read().splitlines() == ["said before", "said after"]
+    assert third.returncode == 75 and len(called("stare_jax.main")) == 2
+  finally:
+    (pod / "calls.end").touch()
+  (log,) = (pod / "the share" / "a run").glob("worker-*.log")
+  assert log.read_text().count("said after") == 2
 
 
 def test_jobset_pods_form_one_run():
@@ -203,6 +250,11 @@ def test_jobset_pods_form_one_run():
   found = understood(["main", *command_of(done.stdout.splitlines())])
   assert (found["distributed"], found["num_processes"], found["process_id"]) == (env["COORDINATOR"], 2, 1)
   assert found["wrong"] == "" and found["workdir"] == env["WORKDIR"]
+
+  more = env | {"JOB_COMPLETION_INDEX": "0", "ARGUMENTS": "--config.policy.checkpoint=/runs/openvla-7b --config.seed=5"}
+  done = subprocess.run([bash, option, show], env=more, capture_output=True, text=True)
+  arguments = command_of(done.stdout.splitlines())
+  assert arguments[-2:] == more["ARGUMENTS"].split() and understood(["main", *arguments])["seed"] == 5
 
 
 def test_an_unknown_accelerator_is_answered_before_anything_is_made(tmp_path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import mmap
 from types import SimpleNamespace
 
 import ml_collections
 import numpy as np
 import pytest
 
-from stare_jax import losses, pipeline_pairs, pipeline_updates, suites, tasks
+from stare_jax import dataset, losses, pipeline, pipeline_pairs, pipeline_run, pipeline_updates, suites, tasks, train
 from stare_jax.checkpoint import config_digest
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline import evaluation_fields
@@ -42,6 +44,78 @@ def test_a_minibatch_depends_on_its_number_alone():
 
 def test_a_batch_larger_than_the_data_takes_all_of_it():
   assert sorted(minibatch(3, 8, 0, seed=0).tolist()) == [0, 1, 2]
+
+
+def demonstration(seed: int, length: int) -> Episode:
+  rng = np.random.default_rng(seed)
+  return Episode(
+    task="pull_cube", seed=seed, instruction="pull", images=rng.integers(0, 256, (length, 8, 8, 3), dtype=np.uint8),
+    signals=np.zeros((length + 1, SIGNAL_SIZE), np.float32), actions=rng.random((length, 7), np.float32),
+    tokens=np.zeros((length, 7), np.int32), log_prob=np.zeros((length, 7), np.float32),
+    value=np.zeros(length, np.float32), last_value=0.0, terminated=True,
+  )  # fmt: skip
+
+
+def is_mapped(array: np.ndarray) -> bool:
+  """Whether its bytes are those of a file."""
+  while isinstance(array, np.ndarray):
+    array = array.base
+  return isinstance(array, mmap.mmap)
+
+
+def test_collected_episodes_leave_the_memory_for_their_file(tmp_path):
+  collected = []
+
+  class Collector:
+    def episodes(self, starts):
+      collected.extend(demonstration(start.seed, 3) for start in starts)
+      return collected[-len(starts) :]
+
+  run = SimpleNamespace(workdir=tmp_path, seconds={}, env_steps={}, collector=lambda actor, **_: Collector())
+  starts = [Start(seed) for seed in range(70)]
+  gather = functools.partial(pipeline_run.gather, run, "demonstrations", starts, object, {"a": 1})
+  first, second = gather(), gather()
+  assert len(collected) == 70 and all(is_mapped(e.images) for e in [*first, *second])
+  for a, b, c in zip(collected, first, second, strict=True):
+    np.testing.assert_array_equal(a.images, b.images)
+    np.testing.assert_array_equal(a.images, c.images)
+
+
+def test_imitation_takes_the_batches_of_its_episodes_put_together(monkeypatch, tmp_path):
+  """In the same order, and without putting all images together: 16,384 demonstrations of 7B would be 120 GB."""
+  made = [demonstration(seed, 3 + seed % 5) for seed in range(20)]
+  dataset.write(tmp_path / "demonstrations", made)
+  episodes, _ = dataset.open(tmp_path / "demonstrations")
+  config, batches, put_together = toy_run.get_config(), [], []
+  policy = SimpleNamespace(tokenize=lambda actions: actions, trainable=None)
+  run = SimpleNamespace(config=config, folder_statistics=1, use_statistics=lambda _: None, policy=policy, mesh=None,
+                        param_axes=None, mine=lambda x: x, obs=lambda x: x)  # fmt: skip
+
+  def advance_until(run, phase, state, advance, **_):
+    for i in range(30):
+      advance(state, i)
+    return state
+
+  concatenate = np.concatenate
+  replaced = {
+    (pipeline, "demonstrations"): lambda run: episodes, (pipeline, "starting_params"): lambda *_: None,
+    (pipeline, "advance_until"): advance_until,
+    (pipeline, "step"): lambda run, update, state, batch: batches.append(batch),
+    (pipeline_updates, "imitation"): lambda *_: (None, None),
+    (train, "new_state"): lambda *_, **__: SimpleNamespace(params=None),
+    (np, "concatenate"): lambda arrays, **k: put_together.append([x.shape for x in arrays]) or concatenate(arrays, **k),
+  }  # fmt: skip
+  for (where, name), value in replaced.items():
+    monkeypatch.setattr(where, name, value)
+  pipeline.imitation(run)
+  monkeypatch.undo()
+  assert not any(len(shape) == 4 for shapes in put_together for shape in shapes)
+  images, actions = (np.concatenate([getattr(e, name) for e in made]) for name in ("images", "actions"))
+  for i, batch in enumerate(batches):
+    rows = minibatch(len(images), config.imitation.batch, i, config.seed)
+    np.testing.assert_array_equal(batch["obs"], images[rows])
+    np.testing.assert_array_equal(batch["tokens"], actions[rows])
+  assert len(batches) == 30
 
 
 def staged(rng: np.random.Generator, length: int, terminated: bool, stages: int = 2) -> StagedEpisode:

@@ -215,29 +215,107 @@ def test_plan_of_a_gpu_names_what_does_not_fit():
   from configs import ipi
   lora = compile_programs.plan(ipi.get_config("openvla_7b_lora"), "1xH100")
   assert lora.count("fits") == 3 and "DOES NOT FIT" not in lora
-  assert "DOES NOT FIT" in compile_programs.plan(ipi.get_config("openvla_7b"), "1xH100")
+  alone = ipi.get_config("openvla_7b")
+  alone.mesh.fsdp = 1
+  assert "DOES NOT FIT" in compile_programs.plan(alone, "1xH100")
   with pytest.raises(ValueError, match="devices '8xB9': expected a number and one of .*'H100'.* such as 8xH100"):
     compile_programs.plan(ipi.get_config("openvla_7b"), "8xB9")
 
 
-@pytest.mark.parametrize("preset, chips", [("openvla_7b", (16, 32, 64, 256)), ("openvla_7b_lora", (1,))])
-def test_presets_of_the_7b_model_can_be_launched_as_written(preset, chips):
-  """Fields that fit together, a rule for every weight, and batches that divide over every pod of docs/scaling.md."""
+@pytest.mark.parametrize("changes, gpus, message", [
+  ({}, "8xH100", "mesh: .*'fsdp': 16.* needs a multiple of 16 devices, this machine shows 8; change config.mesh"),
+  ({"mesh.fsdp": -1}, "8xH100", r"mesh: only one axis may be -1, got \['data', 'fsdp'\]"),
+  ({"mesh.fsdp": 24}, "24xH100", "an axis of .* does not divide over 24 fsdp devices"),
+  ({"mesh.fsdp": 8, "interaction.micro_batches": 256}, "8xH100", "interaction.batch = 1024 does not divide over 8"),
+])  # fmt: skip
+def test_a_plan_refuses_what_a_run_would_refuse(changes, gpus, message):
   from configs import ipi
+  config = ipi.get_config("openvla_7b")
+  config.update_from_flattened_dict({"imitation.batch": 768 if gpus == "24xH100" else 1024} | changes)
+  if gpus == "24xH100":
+    config.phases = ("imitation",)
+  with pytest.raises(ValueError, match=message):
+    compile_programs.plan(config, gpus)
+
+
+def test_a_plan_takes_the_rest_of_the_devices_as_a_run_does():
+  """fsdp=-1 cuts the parameters over all of them; it counted as 1."""
+  from configs import ipi
+  config = ipi.get_config("openvla_7b")
+  config.mesh.update(data=1, fsdp=-1)
+  text = compile_programs.plan(config, "16xH100")
+  assert "SFT      64 rows per GPU" in text and "    1.75  parameters" in text and "DOES NOT FIT" not in text
+
+
+# What a slice of chips needs beside the preset as it is written; docs/scaling.md has the same as a table.
+MICRO = ("imitation.micro_batches", "interaction.micro_batches", "preference.micro_batch")
+AS_WRITTEN = [("v5e", 128), ("v5e", 256), ("v5p", 16), ("v5p", 32), ("v6e", 32), ("v6e", 64), ("v6e", 256), ("v4", 32),
+              ("v4", 64), ("A100", 16), ("H100", 16)]  # fmt: skip
+WITH_FLAGS = [
+  ("v5e", 64, {"preference.micro_batch": 512}),
+  ("v5e", 32, dict(zip(MICRO, (4, 4, 256)))),
+  ("v5e", 16, dict(zip(MICRO, (8, 8, 64)))),
+  ("v6e", 16, dict(zip(MICRO, (2, 2, 512)))),
+  ("v4", 16, dict(zip(MICRO, (2, 2, 512)))),
+]
+
+
+def needed(config, chips: int) -> float:
+  """Bytes on a device for the largest update; raises where the mesh, a rule or a batch does not divide."""
   from stare_jax import config as config_checks
   from stare_jax import pipeline_check, tasks
-  config = pipeline_check.resolved(ipi.get_config(preset))
+  config = pipeline_check.resolved(config)
   config_checks.validate(config, tasks.names)
   policy = compile_programs.make_policy(config)
   params = jax.eval_shape(policy.init, jax.random.key(0))
   assert sum(x.size for x in jax.tree.leaves(params)) == 7_500_320_160
-  for count in chips:
-    axes = jax.sharding.AbstractMesh((count // config.mesh.fsdp, config.mesh.fsdp, config.mesh.tensor), sharding.MESH)
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-      sharding.param_spec(sharding.path_name(path), x.shape, policy.param_axes, axes)
-    for rows in (config.imitation.batch // config.imitation.micro_batches, config.preference.batch,
-                 config.preference.micro_batch, config.interaction.batch // config.interaction.micro_batches):
-      assert rows % count == 0
+  pieces = config.mesh.fsdp * config.mesh.tensor
+  axes = jax.sharding.AbstractMesh((chips // pieces, config.mesh.fsdp, config.mesh.tensor), sharding.MESH)
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    sharding.param_spec(sharding.path_name(path), x.shape, policy.param_axes, axes)
+  pipeline_check.check_batches(config, chips // config.mesh.tensor)
+  trainable, most = compile_programs.lora_parameters(config, policy, params), 0.0
+  for program in config.phases:
+    rows, summed = compile_programs.micro_batch(config, program)
+    plan = roofline.memory_plan(params, policy.config, devices=pieces, rows=rows // chips, remat=policy.config.remat,
+                                trainable=trainable, summed=summed)  # fmt: skip
+    most = max(most, roofline.training_bytes(plan))
+  return most
+
+
+@pytest.mark.parametrize("rows, summed, gib", [
+  (16, False, 14.2), (32, False, 20.0), (32, False, 19.3), (32, True, 22.8), (8, True, 14.9), (16, True, 17.7),
+  (32, True, 23.7), (32, True, 22.6), (32, True, 23.1),
+])  # fmt: skip
+def test_memory_plan_against_the_programs_compiled_for_tpus(rows, summed, gib):
+  """SFT and StA-TPO of docs/scaling.md, fsdp=16."""
+  from configs import ipi
+  policy = compile_programs.make_policy(ipi.get_config("openvla_7b"))
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  plan = roofline.memory_plan(params, policy.config, devices=16, rows=rows, remat="block", summed=summed)
+  assert roofline.training_bytes(plan) / 2**30 == pytest.approx(gib, rel=0.05)
+
+
+@pytest.mark.parametrize("chip, chips", AS_WRITTEN)
+def test_slices_that_run_the_7b_preset_as_written(chip, chips):
+  from configs import ipi
+  assert needed(ipi.get_config("openvla_7b"), chips) < 0.95 * roofline.CHIPS[chip].hbm
+
+
+@pytest.mark.parametrize("chip, chips, flags", WITH_FLAGS)
+def test_slices_that_need_smaller_micro_batches(chip, chips, flags, root):
+  from configs import ipi
+  config = ipi.get_config("openvla_7b")
+  assert needed(config, chips) > 0.95 * roofline.CHIPS[chip].hbm
+  config.update_from_flattened_dict(flags)
+  assert needed(config, chips) < 0.95 * roofline.CHIPS[chip].hbm
+  text = " ".join(f"--config.{name}={value}" for name, value in flags.items())
+  assert f"| `{text}` |" in (root / "docs" / "scaling.md").read_text()
+
+
+def test_the_lora_preset_runs_on_one_gpu_of_80_gb():
+  from configs import ipi
+  assert needed(ipi.get_config("openvla_7b_lora"), 1) < 0.95 * roofline.CHIPS["A100"].hbm
 
 
 def test_lora_parameters_are_those_of_the_public_recipe():

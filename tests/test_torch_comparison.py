@@ -1,0 +1,77 @@
+"""The comparison with PyTorch says of each case what was measured, and says at once where it cannot measure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import types
+
+import numpy as np
+import pytest
+
+from benchmarks import torch_comparison
+from stare_jax import policies
+
+torch = pytest.importorskip("torch")
+
+
+def small_config():
+  stats = policies.ActionStats(-np.ones(7), np.ones(7), np.arange(7) < 6)
+  vision = dict(width=64, depth=2, head_size=64, mlp=64)
+  small = torch_comparison.SMALL | dict(image_size=28, dino=vision, siglip=vision, projector=32, llm_depth=1,
+                                        llm_width=64, llm_mlp=64)  # fmt: skip
+  return policies.make(size="7b", stats=stats, tokenizer=lambda text: [5], **small).config
+
+
+class Side:
+  """PyTorch's side on a device that holds 16 rows with gradient checkpointing and 8 without."""
+
+  optimizer = object()
+
+  def __init__(self):
+    self.on, self.seen = False, []
+
+  def checkpoint(self, on):
+    self.on = on
+
+  def put(self, batch):
+    return batch
+
+  def sft(self, batch):
+    self.seen.append((len(batch["tokens"]), self.on))
+    if len(batch["tokens"]) > 8 and not self.on:
+      raise RuntimeError("CUDA out of memory")
+
+  def measure_peak(self, function):
+    function()
+
+  def synchronise(self):
+    pass
+
+
+def test_each_case_says_whether_it_was_recomputed(capsys):
+  comparison = object.__new__(torch_comparison.Comparison)
+  comparison.args = argparse.Namespace(size="small", rank=0, repeats=1)
+  comparison.cores, comparison.config, comparison.jax, comparison.torch = 1, small_config(), None, Side()
+  comparison.device = types.SimpleNamespace(platform="cpu", device_kind="cpu")
+  for rows in (8, 16, 8):
+    comparison.update("sft", rows)
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [line["torch_recomputes"] for line in lines] == [False, True, False]
+  assert {seen for seen in comparison.torch.seen if seen[0] == 8} == {(8, False)}
+
+
+def test_checkpointing_can_be_undone():
+  from benchmarks.torch_side import Torch
+  side = Torch(small_config(), device="cpu")
+  llm = side.model.language_model
+  for on in (True, False):
+    side.checkpoint(on)
+    assert (llm.is_gradient_checkpointing, llm.training) == (on, on)
+
+
+def test_a_torch_without_cuda_is_told_before_anything_is_built(monkeypatch):
+  monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+  with pytest.raises(SystemExit, match="JAX runs on a gpu, and torch .* finds no CUDA device.*--sides jax"):
+    torch_comparison.check_torch("gpu")
+  torch_comparison.check_torch("cpu")
