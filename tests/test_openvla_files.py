@@ -291,6 +291,17 @@ def policies_decode(stats, token):
   return np.float32(0.5 * (centre + 1) * (stats.q99 - stats.q01) + stats.q01)[None]
 
 
+def test_what_was_trained_in_float32_loads_again_in_float32(tmp_path, folders):
+  """The tensors that do not exist here stay in the source's bfloat16, and say nothing of the dtype."""
+  source = folders["fused"]
+  policy, params = openvla_files.load(source, param_dtype="float32")
+  for name, dtype in (("as it is", None), ("asked for", "float32")):
+    out = openvla_files.save(tmp_path / name, policy, params, source, dtype=dtype)
+    assert {str(x.dtype) for x in public.read(out).values()} == {"bfloat16", "float32"}
+    again, loaded = openvla_files.load(out)
+    assert again.config == policy.config and jax.tree.map(bits, loaded) == jax.tree.map(bits, params)
+
+
 def test_without_a_source_the_configuration_is_written_anew(tmp_path, fused):
   policy, params, tensors = fused
   stats = policies.ActionStats(q01=-np.ones(7, np.float32), q99=np.ones(7, np.float32), mask=np.ones(7, bool))

@@ -95,7 +95,7 @@ def folder_config(folder: str | os.PathLike, options: Mapping[str, Any] | None =
   """The configuration of a folder, with what only its tensors know: their dtype, and the sizes of a value head."""
   options = dict(options or {})
   if "param_dtype" not in options:
-    options["param_dtype"] = _dtype_of(folder)
+    options["param_dtype"] = _dtype_of(folder, openvla_config.read_config(folder, options))
   options.setdefault("compute_dtype", options["param_dtype"])
   if "value_hidden" not in options and (value := _value_entries(folder)):
     options["value_hidden"] = _value_sizes(value)
@@ -143,12 +143,13 @@ def _fresh_value(config: Config, mesh: Mesh | None) -> Callable[[jax.Array], Par
   return jax.jit(functools.partial(openvla.init, config, part="value"), out_shardings=names.nest(places))
 
 
-def _dtype_of(folder: str | os.PathLike) -> str:
-  """The one dtype of a folder's tensors."""
-  found = {str(entry.dtype) for entry in tensor_files.read_folder(folder).values()}
+def _dtype_of(folder: str | os.PathLike, config: Config) -> str:
+  """The one dtype of a folder's tensors; of those that exist here, as `save` leaves the others in the source's."""
+  dead = {t.name for t in names.tensors(config) if not t.path}
+  found = {str(entry.dtype) for name, entry in tensor_files.read_folder(folder).items() if name not in dead}
   if len(found) != 1:
     raise CheckpointError(f"{folder} mixes {', '.join(sorted(found))}: choose with param_dtype=, such as "
-                          f'param_dtype="bfloat16"')
+                          f'param_dtype="bfloat16" (of a run, --config.policy.options.param_dtype)')
   return found.pop()
 
 
