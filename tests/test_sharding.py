@@ -88,6 +88,19 @@ def test_moments_follow_their_parameter_and_counters_are_replicated():
   assert {spec for path, spec in specs.items() if "/mu/" not in path and "/nu/" not in path} == {P()}
 
 
+def test_an_array_of_the_optimiser_that_follows_no_parameter_is_named():
+  """Of another shape than its parameter, as factored moments are; counters of any depth stay replicated."""
+  mesh, params = mesh_of("mixed"), shapes(w=(8, 8), b=(8,))
+  places = sharding.shardings(params, ((r"w", ("embed", "mlp")), (r"b", (None,))), mesh)
+  state = {"count": jax.ShapeDtypeStruct((), np.int32), "mu": params}
+  found = sharding.like_params(state, params, places, mesh)
+  assert found == {"count": sharding.replicated(mesh), "mu": places}
+  with pytest.raises(ValueError, match=r"no sharding rule for row/w \(8,\) of the optimiser's state.*like_params"):
+    sharding.like_params({**state, "row": shapes(w=(8,))}, params, places, mesh)
+  with pytest.raises(ValueError, match=r"no sharding rule for 1/noise \(8, 8\)"):
+    sharding.like_params((state, shapes(noise=(8, 8))), params, places, mesh)
+
+
 @pytest.mark.parametrize("params, axes, message", [
   (shapes(odd=(3,)), (), r"no sharding rule for odd \(3,\); add one line to PARAM_AXES, such as .*\(None,\)"),
   (shapes(w=(8, 8)), ((r"w", ("embed", "wings")),), r"w: unknown words \['wings'\]; the words are \['embed', "),
