@@ -340,12 +340,9 @@ def _write(
   files: Mapping[str, list[Plan]],
   arrays: Callable[[list[Plan]], Iterator[np.ndarray]],
 ) -> None:
-  """Everything beside the target, durable; then the rename that makes it a checkpoint."""
-  partial = folder.with_name(f".{folder.name}.partial")
+  """Everything beside the target, which then takes its name (`tensor_files.appearing`)."""
   size = sum(row.nbytes for rows in files.values() for row in rows)
-  try:
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
+  with tensor_files.appearing(folder) as partial:
     if (free := shutil.disk_usage(partial).free) < 1.01 * size:
       raise CheckpointError(f"disk full: {folder} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; free "
                             f"some space, or choose a folder on another disk. Nothing was written")
@@ -356,24 +353,6 @@ def _write(
         (partial / name).write_text(json.dumps(text, indent=2) + "\n")
     for name, rows in files.items():
       tensor_files.write(partial / name, rows, arrays(rows))
-    for path in (*partial.iterdir(), partial):
-      _sync(path)
-    partial.rename(folder)
-    _sync(folder.parent)
-  except BaseException as error:
-    shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(error, OSError):
-      raise CheckpointError(f"{folder} could not be written ({error.strerror or error}); nothing was left behind. "
-                            f"Check space and permissions, or choose another folder") from error
-    raise
-
-
-def _sync(path: pathlib.Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 def _side_files(
