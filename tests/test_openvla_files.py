@@ -318,6 +318,18 @@ def test_without_a_source_the_configuration_is_written_anew(tmp_path, fused):
     assert openvla_config._fields(c, processor)["dino"].width == config.dino.width
   with pytest.raises(CheckpointError, match="projector 99: the public format has 160"):
     openvla_config.config_json(sizes.override(policy.config, {"projector": 99}))
+  with pytest.raises(CheckpointError, match='resize "lanczos3": the public format has words for bicubic, letterbox'):
+    openvla_config.config_json(sizes.override(policy.config, {"resize": "lanczos3"}))
+
+
+@pytest.mark.parametrize("resize, public_name", [("bicubic", "resize-naive"), ("letterbox", "letterbox"),
+                                                 ("resize-crop", "resize-crop")])  # fmt: skip
+def test_how_frames_are_resized_is_saved_without_a_source(tmp_path, fused, resize, public_name):
+  config = sizes.override(fused[0].config, {"resize": resize})
+  for name, found in zip(("config.json", "preprocessor_config.json"), openvla_config.config_json(config), strict=True):
+    assert found["image_resize_strategy"] == public_name
+    (tmp_path / name).write_text(json.dumps(found))
+  assert openvla_config.read_config(tmp_path).resize == resize
 
 
 def test_saving_refuses_and_leaves_nothing(tmp_path, folders, fused, monkeypatch):
