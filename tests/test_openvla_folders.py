@@ -7,16 +7,18 @@ import pathlib
 import shutil
 import struct
 
+import absl.flags
 import jax
 import ml_collections
 import numpy as np
 import optax
 import public_model as public
 import pytest
+from ml_collections import config_flags
 
-from stare_jax import checkpoint, convert, pipeline_run, policies, sharding, train
+from stare_jax import checkpoint, convert, pipeline_check, pipeline_policy, pipeline_run, policies, sharding, train
 from stare_jax.checkpoint import CheckpointError
-from stare_jax.config import ConfigError
+from stare_jax.config import LEFT_OPEN, ConfigError
 from stare_jax.policies import openvla, openvla_config, openvla_files, tensor_files
 from tests import toy_run
 
@@ -34,6 +36,20 @@ def edit(path: pathlib.Path, change) -> None:
   found = json.loads(path.read_text())
   change(found)
   path.write_text(json.dumps(found))
+
+
+def equal(a, b) -> None:
+  same = lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+  assert jax.tree.structure(a) == jax.tree.structure(b) and all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  one = jax.devices()[:1]
+  monkeypatch.setattr(sharding, "make_mesh", lambda sizes=None, make=sharding.make_mesh: make(dict(data=1), one))
+  jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Statistics and tokenizer ----------------------------------------------------------------------------------
@@ -249,6 +265,39 @@ def test_a_folder_that_is_not_there(tmp_path):
     policies.load(tmp_path, name="opnvla")
 
 
+# What a run chooses ----------------------------------------------------------------------------------------
+
+CHOSEN = dict(prompt_length=96, param_dtype="float32", compute_dtype="float16", remat="attention", resize="lanczos3",
+              center_crop=True, faithful=True)  # fmt: skip
+
+
+def from_flags(root: pathlib.Path, preset: str, folder: pathlib.Path, *flags: str) -> ml_collections.ConfigDict:
+  """The configuration as the command line makes it."""
+  values = absl.flags.FlagValues()
+  said = ["main", f"--config={root}/configs/ipi.py:{preset}", f"--config.policy.checkpoint={folder}", *flags]
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=said)
+  values(said)
+  return pipeline_check.resolved(values.config)
+
+
+@pytest.mark.parametrize("preset", ["openvla_7b", "openvla_7b_lora"])
+def test_every_open_field_of_the_policy_is_chosen_on_the_command_line(folder, root, preset):
+  assert set(CHOSEN) == set(LEFT_OPEN)
+  stats = policies.ActionStats(-np.ones(7, np.float32), np.ones(7, np.float32), np.ones(7, bool))
+  flags = [f"--config.policy.options.{name}={value}" for name, value in CHOSEN.items()]
+  for flag, (name, value) in zip(flags, CHOSEN.items(), strict=True):
+    config = pipeline_policy.make_policy(from_flags(root, preset, folder, flag), stats).config
+    assert getattr(config, name) == value, flag
+  config = pipeline_policy.make_policy(from_flags(root, preset, folder, *flags), stats).config
+  assert {name: getattr(config, name) for name in CHOSEN} == CHOSEN
+  # What is not chosen is the folder's or the preset's, and no part of what a run is known by.
+  own = {"remat": "block"} | (dict(param_dtype="float32", compute_dtype="bfloat16") if preset == "openvla_7b" else {})
+  config = from_flags(root, preset, folder)
+  assert config.policy.options.to_dict() == own
+  made = pipeline_policy.make_policy(config, stats).config
+  assert made == openvla_files.make_policy(folder, stats=stats, **own).config and made.llm_width == 32
+
+
 # A run from a converted folder -----------------------------------------------------------------------------
 
 
@@ -261,20 +310,6 @@ def run_from(start: pathlib.Path, workdir: pathlib.Path, rank: int = 0, **option
   with config.unlocked():
     config.policy.options = ml_collections.ConfigDict(dict(prompt_length=96, **options))
   return pipeline_run.Run(config, workdir)
-
-
-def equal(a, b) -> None:
-  same = lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-  assert jax.tree.structure(a) == jax.tree.structure(b) and all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  one = jax.devices()[:1]
-  monkeypatch.setattr(sharding, "make_mesh", lambda sizes=None, make=sharding.make_mesh: make(dict(data=1), one))
-  jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_converted_folder_is_all_that_a_run_needs(folder, tmp_path, one_device):
