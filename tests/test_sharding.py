@@ -357,6 +357,25 @@ def test_acting_cuts_heads_and_hidden_units_and_gathers_no_weight(devices, sizes
     assert gathered < 0.2 * size  # an action passes seven times through these layers
 
 
+@pytest.mark.parametrize("faithful", [False, True])
+def test_keys_and_values_of_acting_lie_by_their_rule(faithful):
+  """Rows over data and fsdp, heads over tensor: the prefix layer by layer, the action tokens in one stack."""
+  stats = STATS._replace(mask=np.ones(7, bool))
+  policy = policies.make(name="openvla", size="tiny", stats=stats, faithful=faithful, **NANO)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  obs = policy.encode(np.zeros((4, 8, 8, 3), np.uint8), ["pull the cube to the goal"] * 4)
+  with sharding.activations(mesh_of("mixed")):
+    traced = jax.make_jaxpr(policy.act)(params, obs, jax.random.split(jax.random.key(0), 4), 1.0)
+  pinned = [(eqn.outvars[0].aval.shape, tuple(eqn.params["sharding"].spec)) for eqn in inspecting.equations(traced)
+            if eqn.primitive.name == "sharding_constraint"]  # fmt: skip
+  places = {shape: spec for shape, spec in pinned if shape[-4:-2] == (4, 2) and shape[-1] == NANO["llm_head_size"]}
+  prefix = 1 + policy.config.patches + policy.config.prompt_length - 1
+  rule = (("data", "fsdp"), "tensor")
+  assert {shape: spec[: len(shape) - 2] for shape, spec in places.items()} == {
+    (4, 2, prefix, 8): rule, (2, 4, 2, 7 if faithful else 6, 8): (None, *rule),
+  }  # fmt: skip
+
+
 def test_a_copy_in_the_type_of_its_products_acts_the_same():
   """Kernels and tables in half the bytes; norms and the value head, which see float32, as they are."""
   policy = policies.make(name="openvla", size="tiny", stats=STATS, **{**NANO, "compute_dtype": "bfloat16"})
