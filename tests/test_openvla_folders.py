@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from stare_jax import checkpoint, convert, pipeline_check, pipeline_policy, pipeline_run, policies, sharding, train
 from stare_jax.checkpoint import CheckpointError
 from stare_jax.config import LEFT_OPEN, ConfigError
-from stare_jax.policies import openvla, openvla_config, openvla_files, tensor_files
+from stare_jax.policies import lora, openvla, openvla_config, openvla_files, tensor_files
 from tests import toy_run
 
 FUSED = [public.DINO, public.SIGLIP]
@@ -263,6 +263,54 @@ def test_a_folder_that_is_not_there(tmp_path):
     tensor_files.read_folder(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="unknown policy 'opnvla'; did you mean 'openvla'"):
     policies.load(tmp_path, name="opnvla")
+
+
+# What a run leaves, as public files ------------------------------------------------------------------------
+
+
+def checkpoint_of_run(out: pathlib.Path, folder: pathlib.Path, stats, rank: int = 0) -> pathlib.Path:
+  """A checkpoint as a run on `folder` writes it before anything has moved; with adapters, without their base."""
+  policy, params = openvla_files.load(folder)
+  fields = dict(rank=rank, alpha=4, targets="q_proj,v_proj")
+  if rank:
+    params = lora.start(lora.make(policy.config, **fields), params, jax.random.key(0))
+    del params["base"]
+  meta = {"action_stats": {name: np.asarray(x).tolist() for name, x in stats._asdict().items()},
+          "base": pipeline_policy.digest(folder) if rank else ""}  # fmt: skip
+  checkpoint.save(out, 1, {"params": params}, meta, config={"policy": {"lora": fields}})
+  return out
+
+
+def test_an_untouched_run_gives_the_statistics_of_its_folder_back(folder, tmp_path, one_device):
+  """The gripper in [0, 1], which public code expects; and a run on what was written acts as that run did."""
+  _, published = openvla_config.read_statistics(folder)
+  config = from_flags(pathlib.Path(__file__).parents[1], "openvla_7b", folder, "--config.policy.unnorm_key=bridge_orig")
+  ours = pipeline_policy.folder_statistics(config)
+  assert (ours.q01[-1], ours.q99[-1], ours.mask[-1]) == (-3, 1, True)
+  run = checkpoint_of_run(tmp_path / "run", folder, ours)
+  out = convert.to_public(run, tmp_path / "out", source=folder, dataset="bridge_orig")
+  _, written = openvla_config.read_statistics(out)
+  equal(written, published)
+  config.policy.checkpoint = str(out)
+  again = pipeline_policy.folder_statistics(config)
+  equal(again, ours)
+  bins = np.repeat(np.arange(0, 256, 5)[:, None], 7, axis=1)
+  first, second = (openvla_files.make_policy(folder, stats=stats).decode(bins) for stats in (ours, again))
+  np.testing.assert_array_equal(first, second)
+  grip = openvla_files.make_policy(out).decode(bins)[:, -1]  # as public code reads it
+  np.testing.assert_array_equal(grip > 0.5, first[:, -1] > 0)
+
+
+def test_adapters_go_only_with_the_base_that_they_were_trained_on(folder, tmp_path, one_device):
+  run = checkpoint_of_run(tmp_path / "run", folder, openvla_config.read_statistics(folder)[1], rank=2)
+  adapter = convert.to_peft(run, tmp_path / "adapter", source=folder)
+  assert (adapter / "adapter_model.safetensors").exists()
+  tensors = public.draw(public.public_shapes(FUSED), seed=1)
+  other = public.write(tmp_path / "other", FUSED, tensors)
+  for write in (convert.to_peft, convert.to_public):
+    with pytest.raises(CheckpointError, match="adapters of a base with digest .*--source .*other has .*: name the pub"):
+      write(run, tmp_path / "wrong", source=other)
+  assert not (tmp_path / "wrong").exists()
 
 
 # What a run chooses ----------------------------------------------------------------------------------------
