@@ -60,7 +60,7 @@ def of_run(c: ml_collections.ConfigDict, run: pathlib.Path, phase: str) -> None:
   if not there or phase not in ("", *there):
     raise ConfigError(f"run={run}, phase={phase or 'the last one'}: it has checkpoints of {', '.join(there) or 'none'}")
   saved = json.loads((run / "config.json").read_text(), object_hook=_with_tuples)
-  c.policy.options = saved["policy"].pop("options")
+  c.policy.options = ipi.options(saved["policy"].pop("options"))
   c.update(saved)
   phase = phase or there[-1]
   c.preset, c.init_from = f"{saved['preset']}-eval-{phase}", str(run / "checkpoints" / phase)

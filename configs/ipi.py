@@ -10,7 +10,7 @@
 
 import ml_collections
 
-from stare_jax.config import ConfigError, parse_arg, suggest
+from stare_jax.config import LEFT_OPEN, ConfigError, parse_arg, suggest
 
 # What a preset changes, as dotted fields of the default below.
 PRESETS = {
@@ -108,9 +108,14 @@ STARTS_FROM = dict(
 )  # fmt: skip
 
 
+def options(chosen: dict) -> dict:
+  """`policy.options` with these fields chosen, and a place on the command line for each that is left open."""
+  return {name: ml_collections.config_dict.placeholder(kind) for name, kind in LEFT_OPEN.items()} | chosen
+
+
 def change(c: ml_collections.ConfigDict, fields: dict) -> None:
   if "policy.options" in fields:  # those of `tiny` mean nothing to another size
-    c.policy.options = fields.pop("policy.options")
+    c.policy.options = options(fields.pop("policy.options"))
   c.update_from_flattened_dict(fields)
 
 
@@ -153,7 +158,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     name="maniskill", num_envs=32, num_workers=2, groups=2, image_size=64, horizon=0,  # control steps; 0: the task's
     timeout=60.0, python="",  # seconds until a silent worker is replaced; its Python (docs/simpler_env.md), "": ours
   )  # fmt: skip
-  c.policy = dict(name="openvla", size="tiny", options=dict(patch_size=16, prompt_length=12, bins=16), **STARTS_FROM)
+  tiny = options(dict(patch_size=16, prompt_length=12, bins=16))
+  c.policy = dict(name="openvla", size="tiny", options=tiny, **STARTS_FROM)
   c.init_from = ""  # a checkpoint folder of another run, such as runs/x/checkpoints/imitation
 
   # Supervised fine-tuning on scripted demonstrations.

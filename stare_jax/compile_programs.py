@@ -42,7 +42,7 @@ def topology(name: str) -> tuple[roofline.Chip, list[jax.Device]]:
 
 def make_policy(config: Any) -> policies.Policy:
   """The policy of a configuration, without its checkpoint: tokenizer and statistics change no shape."""
-  unit, options = np.ones(7, np.float32), config.policy.options.to_dict()
+  unit, options = np.ones(7, np.float32), resolved(config).policy.options.to_dict()
   stats = policies.ActionStats(-unit, unit, unit > 0)
   tokenizer = {} if config.policy.size == "tiny" else {"tokenizer": lambda text: [1]}
   return policies.make(config.policy.name, size=config.policy.size, stats=stats, image_size=config.sim.image_size,

@@ -30,6 +30,11 @@ OF_A_CHECKPOINT = (  # fields of the policy's configuration that a public checkp
   "vocabulary", "action_end", "bins", "action_size", "bos", "eos", "start", "pad", "template", "word_tokenizer",
 )  # fmt: skip
 
+LEFT_OPEN = {  # fields of the policy's configuration that a run may choose; None: as its checkpoint or size has them
+  "prompt_length": int, "param_dtype": str, "compute_dtype": str, "remat": str, "resize": str, "center_crop": bool,
+  "faithful": bool,
+}  # fmt: skip
+
 
 class ConfigError(ValueError):
   """A configuration that cannot run; the message says what came, what was expected and what to write instead."""

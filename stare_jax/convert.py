@@ -28,7 +28,7 @@ import numpy as np
 
 from stare_jax import checkpoint, pipeline_policy, pipeline_run
 from stare_jax.checkpoint import CheckpointError
-from stare_jax.policies import lora, lora_files, openvla_config, openvla_files, openvla_names
+from stare_jax.policies import action_stats, lora, lora_files, openvla_config, openvla_files, openvla_names
 from stare_jax.policies.sizes import Config
 
 
@@ -72,8 +72,9 @@ def to_public(
 ) -> pathlib.Path:
   """Writes the parameters of a run's checkpoint (None: the newest) as a folder in the form of `source`.
 
-  The action statistics are the run's, under the name `dataset`. Adapters are merged into their base: the checkpoint's
-  own, or where it holds none, `source`. dtype: of the tensors; None keeps the run's.
+  The action statistics are the run's, under the name `dataset`; a gripper that came in a data set's [0, 1] goes back to
+  it (`action_stats`). Adapters are merged into their base: the checkpoint's own, or where it holds none, `source`.
+  dtype: of the tensors; None keeps the run's.
   """
   stats = pipeline_run.read_statistics(pathlib.Path(run))
   leaves, config = _leaves(run, source, step, len(stats.q01))
@@ -85,22 +86,28 @@ def to_public(
   else:
     params = _restore(run, leaves, step)
     if "base" not in params:
-      pipeline_policy.check_digest(run, pipeline_policy.digest(source), f"--source {source}", step)
+      _check_base(run, source, step)
       params["base"] = openvla_files.read_params(source, config)
       del params["base"]["value"]
     params = lora.merge(spec, params)
-  return openvla_files.save(out, config, params, source, stats=stats, dataset=dataset, dtype=dtype)
+  public = action_stats.in_data_set(stats)
+  return openvla_files.save(out, config, params, source, stats=public, dataset=dataset, dtype=dtype)
 
 
 def to_peft(
   run: str | os.PathLike, out: str | os.PathLike, *, source: str | os.PathLike, step: int | None = None
 ) -> pathlib.Path:
-  """Writes the adapters of a run's checkpoint as a PEFT folder; `source` is the public folder that they go with."""
+  """Writes the adapters of a run's checkpoint as a PEFT folder; `source` is the public folder that they go with.
+
+  Raises: CheckpointError where they were trained on another one. A checkpoint with a base of its own does not say.
+  """
   stats = pipeline_run.read_statistics(pathlib.Path(run))
   leaves, config = _leaves(run, source, step, len(stats.q01))
   spec = _adapters(run, config, step)
   if spec is None:
     raise CheckpointError(f"{run} was trained without adapters (policy.lora.rank = 0); write it with --to-public")
+  if not any(path.startswith("base/") for path in leaves):
+    _check_base(run, source, step)
   trained = {path: x for path, x in leaves.items() if path.startswith(("lora/", "value/"))}
   return lora_files.save(out, config, spec, _restore(run, trained, step), base=os.fspath(source))
 
@@ -118,6 +125,10 @@ def _adapters(run: Any, config: Config, step: int | None) -> lora.Lora | None:
   flat = checkpoint.read_config(run, step) or {}
   asked = {name: flat.get(f"policy.lora.{name}") for name in ("rank", "alpha", "targets")}
   return lora.make(config, **asked) if asked["rank"] else None
+
+
+def _check_base(run: Any, source: Any, step: int | None) -> None:
+  pipeline_policy.check_digest(run, pipeline_policy.digest(source), f"--source {source}", step)
 
 
 def _restore(run: Any, leaves: dict[str, jax.ShapeDtypeStruct], step: int | None) -> dict[str, Any]:

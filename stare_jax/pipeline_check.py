@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 from stare_jax import losses, sims, suites, tasks
-from stare_jax.config import ConfigError, suggest, validate
+from stare_jax.config import LEFT_OPEN, ConfigError, suggest, validate
 from stare_jax.sims import pool
 
 TRAINING = 2**24  # the first environment seed that training may take (`pipeline_run.Run.seeds`)
@@ -25,7 +25,8 @@ def resolved(config: Any) -> Any:
   """The configuration with what it leaves to the task filled in: what a run does, and what its folder records.
 
   `sim.name` = "maniskill" becomes the task's own simulator, `sim.horizon` = 0 the task's horizon, `interaction.steps` =
-  0 the horizon, and `preference.buckets` = () the one bucket that holds every part of an episode that is compared.
+  0 the horizon, and `preference.buckets` = () the one bucket that holds every part of an episode that is compared. What
+  `policy.options` leaves open is not there any more: its checkpoint or its size says it.
   Published starts count alike: `evaluation.episodes` above their number becomes the next multiple of it, or, without
   samples to tell the copies apart (temperature 0), their number.
   """
@@ -42,6 +43,9 @@ def resolved(config: Any) -> Any:
       config.evaluation.episodes = task.starts * times
     longest = config.preference.tail or config.sim.horizon
     config.preference.buckets = tuple(config.preference.buckets) or (longest,)
+    options = config.policy.options
+    for name in [name for name in LEFT_OPEN if name in options and options[name] is None]:
+      del options[name]
   return config
 
 

@@ -58,7 +58,7 @@ class Run:
     check_batches(self.config, sharding.batch_shards(self.mesh))
     pipeline_together.check(config, self.workdir)
     unit = np.ones(7, np.float32)  # a mistake in the policy's options is answered before any work is done
-    make_policy(config, policies.ActionStats(-unit, unit, unit > 0))
+    make_policy(self.config, policies.ActionStats(-unit, unit, unit > 0))
     self.folder_statistics = folder_statistics(config)
     self.base = Base(config)
     self.policy: policies.Policy | None = None

@@ -129,16 +129,25 @@ def shardings(params: Any, param_axes: ParamAxes | None, mesh: Mesh) -> Any:
 def like_params(tree: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
   """Shardings of a tree that holds copies of the parameter tree (moments): the same rule by path and shape.
 
-  A leaf follows the parameter whose path ends its own path; every other leaf (counters, scales) is replicated.
+  A leaf follows the parameter whose path ends its own path; other scalars (counters, scales) are replicated.
+
+  Raises: ValueError for an array that follows no parameter: whole on every device, it might not fit.
   """
   paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   shapes = [tuple(x.shape) for x in jax.tree.leaves(params)]
   rules = dict(zip(zip(paths, shapes, strict=True), jax.tree.leaves(param_shardings), strict=True))
 
   def follow(path: Any, x: Any) -> NamedSharding:
-    parts = path_name(path).split("/")
-    ends = ("/".join(parts[i:]) for i in range(len(parts)))
-    return next((rules[end, tuple(x.shape)] for end in ends if (end, tuple(x.shape)) in rules), replicated(mesh))
+    parts, shape = path_name(path).split("/"), tuple(x.shape)
+    for end in ("/".join(parts[i:]) for i in range(len(parts))):
+      if (end, shape) in rules:
+        return rules[end, shape]
+    if shape:
+      raise ValueError(
+        f"no sharding rule for {path_name(path)} {shape} of the optimiser's state: no parameter has this path and "
+        f"shape; choose an optimiser whose arrays are each like a parameter, or add a rule to sharding.like_params"
+      )
+    return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(follow, tree)
 

@@ -11,7 +11,7 @@ import pytest
 from stare_jax import sims, stages, tasks
 from stare_jax.episode import unpack_signals
 from stare_jax.pipeline import evaluation_starts
-from stare_jax.policies import action_stats
+from stare_jax.policies import ActionStats, action_stats
 from stare_jax.policies.tokenizer import ActionCodec
 from stare_jax.rollout import ExpertActor, Start
 from stare_jax.sims import bridge
@@ -90,6 +90,15 @@ def test_unknown_statistics():
   for ours, want in zip(once, action_stats.for_environment(action_stats.BRIDGE_ORIG), strict=True):
     np.testing.assert_array_equal(ours, want)
   assert action_stats.in_environment(once) is once  # statistics in the simulator's terms stay
+
+
+def test_statistics_go_back_to_the_data_set_where_they_came_from_one():
+  back = action_stats.in_data_set(action_stats.for_environment(action_stats.BRIDGE_ORIG))
+  for ours, want in zip(back, action_stats.BRIDGE_ORIG, strict=True):
+    np.testing.assert_array_equal(ours, want)
+  own = ActionStats.from_actions(np.linspace(-1, 1, 70, dtype=np.float32).reshape(10, 7))
+  for stats in (back, own, ActionStats(own.q01, own.q99, np.ones(7, bool))):  # normalised over another range
+    assert action_stats.in_data_set(stats) is stats
 
 
 def always(target: experts.Target, noise: float = 0.0) -> WidowX:

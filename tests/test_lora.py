@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from stare_jax import policies, sharding, train
 from stare_jax.checkpoint import CheckpointError
 from stare_jax.losses import imitation, ops, preference
-from stare_jax.policies import lora, lora_files, openvla, openvla_names
+from stare_jax.policies import lora, lora_files, openvla, openvla_names, tensor_files
 from stare_jax.policies.sizes import SEVEN_B
 from tests import inspecting, torch_openvla
 
@@ -214,6 +214,29 @@ def test_peft_takes_what_is_saved_here(tmp_path):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, merged)
   with pytest.raises(CheckpointError, match="exists already"):
     lora_files.save(folder, policy.config, spec, params)
+
+
+def test_saving_adapters_again_after_a_kill_or_a_full_disk(tmp_path, monkeypatch):
+  policy = base()[0]
+  spec, _, params = adapted()
+  left = tmp_path / ".adapter.partial"
+  left.mkdir()
+  (left / lora_files.WEIGHTS).write_bytes(b"half")
+
+  def fail(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(tensor_files, "write", fail)
+    with pytest.raises(CheckpointError, match="adapter could not be written .No space left.*; nothing was left behind"):
+      lora_files.save(tmp_path / "adapter", policy.config, spec, params)
+  assert list(tmp_path.iterdir()) == []
+  left.mkdir()
+  (left / "of_a_killed_process").touch()
+  folder = lora_files.save(tmp_path / "adapter", policy.config, spec, params)
+  assert lora_files.load(folder, policy.config).lora == spec
+  assert sorted(p.name for p in folder.iterdir()) == sorted([lora_files.CONFIG, lora_files.WEIGHTS, lora_files.VALUE])
+  assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_wrong_adapter_folder_is_named(tmp_path):

@@ -291,6 +291,17 @@ def policies_decode(stats, token):
   return np.float32(0.5 * (centre + 1) * (stats.q99 - stats.q01) + stats.q01)[None]
 
 
+def test_what_was_trained_in_float32_loads_again_in_float32(tmp_path, folders):
+  """The tensors that do not exist here stay in the source's bfloat16, and say nothing of the dtype."""
+  source = folders["fused"]
+  policy, params = openvla_files.load(source, param_dtype="float32")
+  for name, dtype in (("as it is", None), ("asked for", "float32")):
+    out = openvla_files.save(tmp_path / name, policy, params, source, dtype=dtype)
+    assert {str(x.dtype) for x in public.read(out).values()} == {"bfloat16", "float32"}
+    again, loaded = openvla_files.load(out)
+    assert again.config == policy.config and jax.tree.map(bits, loaded) == jax.tree.map(bits, params)
+
+
 def test_without_a_source_the_configuration_is_written_anew(tmp_path, fused):
   policy, params, tensors = fused
   stats = policies.ActionStats(q01=-np.ones(7, np.float32), q99=np.ones(7, np.float32), mask=np.ones(7, bool))
@@ -307,6 +318,18 @@ def test_without_a_source_the_configuration_is_written_anew(tmp_path, fused):
     assert openvla_config._fields(c, processor)["dino"].width == config.dino.width
   with pytest.raises(CheckpointError, match="projector 99: the public format has 160"):
     openvla_config.config_json(sizes.override(policy.config, {"projector": 99}))
+  with pytest.raises(CheckpointError, match='resize "lanczos3": the public format has words for bicubic, letterbox'):
+    openvla_config.config_json(sizes.override(policy.config, {"resize": "lanczos3"}))
+
+
+@pytest.mark.parametrize("resize, public_name", [("bicubic", "resize-naive"), ("letterbox", "letterbox"),
+                                                 ("resize-crop", "resize-crop")])  # fmt: skip
+def test_how_frames_are_resized_is_saved_without_a_source(tmp_path, fused, resize, public_name):
+  config = sizes.override(fused[0].config, {"resize": resize})
+  for name, found in zip(("config.json", "preprocessor_config.json"), openvla_config.config_json(config), strict=True):
+    assert found["image_resize_strategy"] == public_name
+    (tmp_path / name).write_text(json.dumps(found))
+  assert openvla_config.read_config(tmp_path).resize == resize
 
 
 def test_saving_refuses_and_leaves_nothing(tmp_path, folders, fused, monkeypatch):

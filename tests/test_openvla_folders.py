@@ -7,17 +7,19 @@ import pathlib
 import shutil
 import struct
 
+import absl.flags
 import jax
 import ml_collections
 import numpy as np
 import optax
 import public_model as public
 import pytest
+from ml_collections import config_flags
 
-from stare_jax import checkpoint, convert, pipeline_run, policies, sharding, train
+from stare_jax import checkpoint, convert, pipeline_check, pipeline_policy, pipeline_run, policies, sharding, train
 from stare_jax.checkpoint import CheckpointError
-from stare_jax.config import ConfigError
-from stare_jax.policies import openvla, openvla_config, openvla_files, tensor_files
+from stare_jax.config import LEFT_OPEN, ConfigError
+from stare_jax.policies import lora, openvla, openvla_config, openvla_files, tensor_files
 from tests import toy_run
 
 FUSED = [public.DINO, public.SIGLIP]
@@ -34,6 +36,20 @@ def edit(path: pathlib.Path, change) -> None:
   found = json.loads(path.read_text())
   change(found)
   path.write_text(json.dumps(found))
+
+
+def equal(a, b) -> None:
+  same = lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+  assert jax.tree.structure(a) == jax.tree.structure(b) and all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  one = jax.devices()[:1]
+  monkeypatch.setattr(sharding, "make_mesh", lambda sizes=None, make=sharding.make_mesh: make(dict(data=1), one))
+  jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Statistics and tokenizer ----------------------------------------------------------------------------------
@@ -249,6 +265,87 @@ def test_a_folder_that_is_not_there(tmp_path):
     policies.load(tmp_path, name="opnvla")
 
 
+# What a run leaves, as public files ------------------------------------------------------------------------
+
+
+def checkpoint_of_run(out: pathlib.Path, folder: pathlib.Path, stats, rank: int = 0) -> pathlib.Path:
+  """A checkpoint as a run on `folder` writes it before anything has moved; with adapters, without their base."""
+  policy, params = openvla_files.load(folder)
+  fields = dict(rank=rank, alpha=4, targets="q_proj,v_proj")
+  if rank:
+    params = lora.start(lora.make(policy.config, **fields), params, jax.random.key(0))
+    del params["base"]
+  meta = {"action_stats": {name: np.asarray(x).tolist() for name, x in stats._asdict().items()},
+          "base": pipeline_policy.digest(folder) if rank else ""}  # fmt: skip
+  checkpoint.save(out, 1, {"params": params}, meta, config={"policy": {"lora": fields}})
+  return out
+
+
+def test_an_untouched_run_gives_the_statistics_of_its_folder_back(folder, tmp_path, one_device):
+  """The gripper in [0, 1], which public code expects; and a run on what was written acts as that run did."""
+  _, published = openvla_config.read_statistics(folder)
+  config = from_flags(pathlib.Path(__file__).parents[1], "openvla_7b", folder, "--config.policy.unnorm_key=bridge_orig")
+  ours = pipeline_policy.folder_statistics(config)
+  assert (ours.q01[-1], ours.q99[-1], ours.mask[-1]) == (-3, 1, True)
+  run = checkpoint_of_run(tmp_path / "run", folder, ours)
+  out = convert.to_public(run, tmp_path / "out", source=folder, dataset="bridge_orig")
+  _, written = openvla_config.read_statistics(out)
+  equal(written, published)
+  config.policy.checkpoint = str(out)
+  again = pipeline_policy.folder_statistics(config)
+  equal(again, ours)
+  bins = np.repeat(np.arange(0, 256, 5)[:, None], 7, axis=1)
+  first, second = (openvla_files.make_policy(folder, stats=stats).decode(bins) for stats in (ours, again))
+  np.testing.assert_array_equal(first, second)
+  grip = openvla_files.make_policy(out).decode(bins)[:, -1]  # as public code reads it
+  np.testing.assert_array_equal(grip > 0.5, first[:, -1] > 0)
+
+
+def test_adapters_go_only_with_the_base_that_they_were_trained_on(folder, tmp_path, one_device):
+  run = checkpoint_of_run(tmp_path / "run", folder, openvla_config.read_statistics(folder)[1], rank=2)
+  adapter = convert.to_peft(run, tmp_path / "adapter", source=folder)
+  assert (adapter / "adapter_model.safetensors").exists()
+  tensors = public.draw(public.public_shapes(FUSED), seed=1)
+  other = public.write(tmp_path / "other", FUSED, tensors)
+  for write in (convert.to_peft, convert.to_public):
+    with pytest.raises(CheckpointError, match="adapters of a base with digest .*--source .*other has .*: name the pub"):
+      write(run, tmp_path / "wrong", source=other)
+  assert not (tmp_path / "wrong").exists()
+
+
+# What a run chooses ----------------------------------------------------------------------------------------
+
+CHOSEN = dict(prompt_length=96, param_dtype="float32", compute_dtype="float16", remat="attention", resize="lanczos3",
+              center_crop=True, faithful=True)  # fmt: skip
+
+
+def from_flags(root: pathlib.Path, preset: str, folder: pathlib.Path, *flags: str) -> ml_collections.ConfigDict:
+  """The configuration as the command line makes it."""
+  values = absl.flags.FlagValues()
+  said = ["main", f"--config={root}/configs/ipi.py:{preset}", f"--config.policy.checkpoint={folder}", *flags]
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=said)
+  values(said)
+  return pipeline_check.resolved(values.config)
+
+
+@pytest.mark.parametrize("preset", ["openvla_7b", "openvla_7b_lora"])
+def test_every_open_field_of_the_policy_is_chosen_on_the_command_line(folder, root, preset):
+  assert set(CHOSEN) == set(LEFT_OPEN)
+  stats = policies.ActionStats(-np.ones(7, np.float32), np.ones(7, np.float32), np.ones(7, bool))
+  flags = [f"--config.policy.options.{name}={value}" for name, value in CHOSEN.items()]
+  for flag, (name, value) in zip(flags, CHOSEN.items(), strict=True):
+    config = pipeline_policy.make_policy(from_flags(root, preset, folder, flag), stats).config
+    assert getattr(config, name) == value, flag
+  config = pipeline_policy.make_policy(from_flags(root, preset, folder, *flags), stats).config
+  assert {name: getattr(config, name) for name in CHOSEN} == CHOSEN
+  # What is not chosen is the folder's or the preset's, and no part of what a run is known by.
+  own = {"remat": "block"} | (dict(param_dtype="float32", compute_dtype="bfloat16") if preset == "openvla_7b" else {})
+  config = from_flags(root, preset, folder)
+  assert config.policy.options.to_dict() == own
+  made = pipeline_policy.make_policy(config, stats).config
+  assert made == openvla_files.make_policy(folder, stats=stats, **own).config and made.llm_width == 32
+
+
 # A run from a converted folder -----------------------------------------------------------------------------
 
 
@@ -261,20 +358,6 @@ def run_from(start: pathlib.Path, workdir: pathlib.Path, rank: int = 0, **option
   with config.unlocked():
     config.policy.options = ml_collections.ConfigDict(dict(prompt_length=96, **options))
   return pipeline_run.Run(config, workdir)
-
-
-def equal(a, b) -> None:
-  same = lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-  assert jax.tree.structure(a) == jax.tree.structure(b) and all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  one = jax.devices()[:1]
-  monkeypatch.setattr(sharding, "make_mesh", lambda sizes=None, make=sharding.make_mesh: make(dict(data=1), one))
-  jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_converted_folder_is_all_that_a_run_needs(folder, tmp_path, one_device):

@@ -88,6 +88,19 @@ def test_moments_follow_their_parameter_and_counters_are_replicated():
   assert {spec for path, spec in specs.items() if "/mu/" not in path and "/nu/" not in path} == {P()}
 
 
+def test_an_array_of_the_optimiser_that_follows_no_parameter_is_named():
+  """Of another shape than its parameter, as factored moments are; counters of any depth stay replicated."""
+  mesh, params = mesh_of("mixed"), shapes(w=(8, 8), b=(8,))
+  places = sharding.shardings(params, ((r"w", ("embed", "mlp")), (r"b", (None,))), mesh)
+  state = {"count": jax.ShapeDtypeStruct((), np.int32), "mu": params}
+  found = sharding.like_params(state, params, places, mesh)
+  assert found == {"count": sharding.replicated(mesh), "mu": places}
+  with pytest.raises(ValueError, match=r"no sharding rule for row/w \(8,\) of the optimiser's state.*like_params"):
+    sharding.like_params({**state, "row": shapes(w=(8,))}, params, places, mesh)
+  with pytest.raises(ValueError, match=r"no sharding rule for 1/noise \(8, 8\)"):
+    sharding.like_params((state, shapes(noise=(8, 8))), params, places, mesh)
+
+
 @pytest.mark.parametrize("params, axes, message", [
   (shapes(odd=(3,)), (), r"no sharding rule for odd \(3,\); add one line to PARAM_AXES, such as .*\(None,\)"),
   (shapes(w=(8, 8)), ((r"w", ("embed", "wings")),), r"w: unknown words \['wings'\]; the words are \['embed', "),
@@ -342,6 +355,25 @@ def test_acting_cuts_heads_and_hidden_units_and_gathers_no_weight(devices, sizes
   if not adapted:  # a layer uses its adapters whole
     size = sum(x.nbytes for x in jax.tree.leaves(params["llm"]["layers"]))
     assert gathered < 0.2 * size  # an action passes seven times through these layers
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_keys_and_values_of_acting_lie_by_their_rule(faithful):
+  """Rows over data and fsdp, heads over tensor: the prefix layer by layer, the action tokens in one stack."""
+  stats = STATS._replace(mask=np.ones(7, bool))
+  policy = policies.make(name="openvla", size="tiny", stats=stats, faithful=faithful, **NANO)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  obs = policy.encode(np.zeros((4, 8, 8, 3), np.uint8), ["pull the cube to the goal"] * 4)
+  with sharding.activations(mesh_of("mixed")):
+    traced = jax.make_jaxpr(policy.act)(params, obs, jax.random.split(jax.random.key(0), 4), 1.0)
+  pinned = [(eqn.outvars[0].aval.shape, tuple(eqn.params["sharding"].spec)) for eqn in inspecting.equations(traced)
+            if eqn.primitive.name == "sharding_constraint"]  # fmt: skip
+  places = {shape: spec for shape, spec in pinned if shape[-4:-2] == (4, 2) and shape[-1] == NANO["llm_head_size"]}
+  prefix = 1 + policy.config.patches + policy.config.prompt_length - 1
+  rule = (("data", "fsdp"), "tensor")
+  assert {shape: spec[: len(shape) - 2] for shape, spec in places.items()} == {
+    (4, 2, prefix, 8): rule, (2, 4, 2, 7 if faithful else 6, 8): (None, *rule),
+  }  # fmt: skip
 
 
 def test_a_copy_in_the_type_of_its_products_acts_the_same():

@@ -2,7 +2,8 @@
 
 OpenVLA's data sets hold the gripper in [0, 1], 1 open, outside the normalisation. The simulator's is -1 closed, +1
 open. `for_environment` writes that change of scale, e = 2 g - 1, into the statistics: tokens stay the data set's, and
-`decode` and `tokenize` speak the simulator's actions. The WidowX scenes then open above 0, which is g > 0.5.
+`decode` and `tokenize` speak the simulator's actions. The WidowX scenes then open above 0, which is g > 0.5. Public
+folders hold the data set's scale: `in_data_set` goes back.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ BRIDGE_ORIG = ActionStats(
   ),
   mask=np.array([True] * 6 + [False]),
 )  # fmt: skip
+SIMULATOR = (-3.0, 1.0)  # q01 and q99 of a gripper in [0, 1] that is written as the simulator's
 REGISTRY = {"bridge_orig": BRIDGE_ORIG}
 
 
@@ -62,5 +64,17 @@ def for_environment(stats: ActionStats) -> ActionStats:
       f"the last dimension has mask {mask[-1]} and range {q01[-1]:g} to {q99[-1]:g}: expected a gripper in [0, 1] with "
       "mask False, as OpenVLA's data sets have it"
     )
-  q01[-1], q99[-1], mask[-1] = -3.0, 1.0, True
+  q01[-1], q99[-1], mask[-1] = *SIMULATOR, True
+  return ActionStats(q01, q99, mask)
+
+
+def in_data_set(stats: ActionStats) -> ActionStats:
+  """The inverse of `for_environment`, gripper in [0, 1], where it was applied; otherwise as they are.
+
+  No other statistics have that range: those of demonstrations leave the gripper outside the normalisation.
+  """
+  q01, q99, mask = (np.array(x) for x in stats)
+  if not mask[-1] or (q01[-1], q99[-1]) != SIMULATOR:
+    return stats
+  q01[-1], q99[-1], mask[-1] = 0.0, 1.0, False
   return ActionStats(q01, q99, mask)

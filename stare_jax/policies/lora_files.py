@@ -64,10 +64,12 @@ def save(
   base: str = "",
   kept: Mapping[str, np.ndarray] | None = None,
 ) -> pathlib.Path:
-  """Writes the adapters (and the value head) of `params`, which may lie on any mesh, as float32.
+  """Writes the adapters (and the value head) of `params`, on devices of this process or numpy, as float32.
 
-    folder: must not exist yet.   base: name or folder of the base model, for whoever opens it.
+    folder: must not exist yet; it appears when it is complete.
+    base: name or folder of the base model, for whoever opens it.
     kept: of `load`, written again as they were.
+  Raises: CheckpointError; nothing is left behind then.
   """
   folder = pathlib.Path(folder)
   if folder.exists():
@@ -82,14 +84,12 @@ def save(
     "init_lora_weights": "gaussian", "use_rslora": lora.rslora, "use_dora": False, "bias": "none",
     "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
   }  # fmt: skip
-  partial = folder.with_name(f".{folder.name}.partial")
-  partial.mkdir(parents=True)
-  (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-  _write(partial / WEIGHTS, arrays)
   head = {t.name: names.leaf(params, t.path) for t in names.value_tensors(config)}
   head = {t.name: names.from_block(t, np.asarray(jax.device_get(head[t.name]))) for t in names.value_tensors(config)}
-  _write(partial / VALUE, head)
-  partial.rename(folder)
+  with tensor_files.appearing(folder) as partial:
+    (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    _write(partial / WEIGHTS, arrays)
+    _write(partial / VALUE, head)
   return folder
 
 

@@ -207,6 +207,12 @@ def sequence(params: Params, obs: Obs, actions: jax.Array, config: Config) -> tu
   return x, jnp.concatenate(mask, axis=1)
 
 
+def cached(kv: Any) -> Any:
+  """Keys and values [..., N, H, S, E] by the rule of a mesh: rows over its rows, heads over its heads."""
+  words = ("batch", "heads", None, None)
+  return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * (x.ndim - len(words)), *words), kv)
+
+
 def decoder(params: Params, x: jax.Array, mask: jax.Array, config: Config, *, tail: int, cache: bool = False):
   """The Llama layers over a whole sequence, before the final norm.
 
@@ -224,7 +230,7 @@ def decoder(params: Params, x: jax.Array, mask: jax.Array, config: Config, *, ta
 
   def body(x, layer, queries=None):
     x, kv = block(one_layer(layer), x, queries=queries)
-    return x, kv if cache else None
+    return x, cached(kv) if cache else None
 
   last = functools.partial(body, queries=tail)
   x, kv = nn.stack(body, x, params["llm"]["layers"], unroll=config.unroll, remat=config.remat, last=last)
@@ -247,6 +253,11 @@ def value_head(params: Params, hidden: jax.Array) -> jax.Array:
   for head in heads[:-1]:
     x = nn.gelu(nn.dense(head, x))
   return nn.dense(heads[-1], x)[..., 0]
+
+
+def no_tokens(prefix: Any, count: int) -> Any:
+  """The other half of `past` in `extend`, before any of `count` action tokens: zeros."""
+  return cached(jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:3], count, kv.shape[-1]), kv.dtype), prefix))
 
 
 def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, past: Any, config: Config):
@@ -274,7 +285,7 @@ def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, pas
 
   x, new = nn.stack(body, x, (params["llm"]["layers"], prefix, suffix), unroll=config.unroll, remat="none")
   at = (0, 0, 0, dim, 0)
-  suffix = jax.tree.map(lambda old, add: jax.lax.dynamic_update_slice(old, add, at), suffix, new)
+  suffix = cached(jax.tree.map(lambda old, add: jax.lax.dynamic_update_slice(old, add, at), suffix, new))
   return final_norm(params, x[:, 0], config), suffix
 
 
@@ -354,7 +365,7 @@ def act(
     token, logp = choose(hidden, *at)
     return extend(params, token, dim, mask, (prefix, suffix), config), (token, logp)
 
-  suffix = jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:3], max(last, 1), kv.shape[-1]), kv.dtype), prefix)
+  suffix = no_tokens(prefix, max(last, 1))
   (end, _), chosen = jax.lax.scan(step, (hidden, suffix), (np.arange(last), *(leaf[:last] for leaf in known)))
   final = choose(end, *(leaf[last] for leaf in known))  # nothing follows it, so it needs no step
   tokens, logp = (jnp.concatenate([a, b[None]]).T for a, b in zip(chosen, final))

@@ -45,7 +45,7 @@ TIMM: dict[str, tuple[str, int, Vision]] = {  # timm name -> family, patch size,
   "vit_base_patch16_siglip_256": ("siglip", 16, BASE),
   "vit_base_patch16_siglip_384": ("siglip", 16, BASE),
 }
-RESIZE = {"resize-naive": None, "letterbox": "letterbox", "resize-crop": "resize-crop"}  # None: what Config does
+RESIZE = {"resize-naive": "bicubic", "letterbox": "letterbox", "resize-crop": "resize-crop"}  # public: ours
 VICUNA = (
   "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
   "polite answers to the user's questions. USER: What action should the robot take to {instruction}? ASSISTANT:"
@@ -66,18 +66,15 @@ def read_config(folder: str | os.PathLike, options: Mapping[str, Any] | None = N
       f"{folder}: config.json or preprocessor_config.json lacks or garbles a field ({type(error).__name__}: {error}); "
       f"fetch them again"
     ) from error
-  resize = fields.pop("resize")
   try:
     config = dataclasses.replace(SEVEN_B, **fields)
   except ValueError as error:
     raise CheckpointError(f"{folder}: config.json describes a network that cannot be built: {error}") from error
-  if resize is not None:
-    options = {"resize": resize, **options}
   return override(config, options)
 
 
 def _fields(c: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
-  """Fields of `Config`, and "resize"."""
+  """Fields of `Config`."""
   if c["model_type"] != "openvla":
     raise CheckpointError(f'config.json is of model_type "{c["model_type"]}", expected "openvla"')
   text = {**LLAMA, **c["text_config"]}
@@ -241,6 +238,10 @@ def config_json(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
   if config.projector != (4 * features if fused else 0):
     raise CheckpointError(f"projector {config.projector}: the public format has {4 * features if fused else 0} with "
                           f"{len(config.views)} vision transformers")
+  strategies = {ours: public for public, ours in RESIZE.items()}
+  if config.resize not in strategies:
+    raise CheckpointError(f'resize "{config.resize}": the public format has words for {", ".join(strategies)}; save '
+                          f"with source=, whose own stays, or choose one of these")
   bare = lambda v: dataclasses.replace(v, mean=BASE.mean, std=BASE.std)
   ids, own = [], []
   for family, v in config.views.items():
@@ -252,7 +253,7 @@ def config_json(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla",
     "arch_specifier": f"no-align+{'fused-' if fused else ''}gelu-mlp", "use_fused_vision_backbone": fused,
     "timm_model_ids": ids, "timm_override_act_layers": [None] * len(ids), "image_sizes": [config.image_size] * len(ids),
-    "image_resize_strategy": "resize-naive", "llm_max_length": 2048, "pad_token_id": config.pad,
+    "image_resize_strategy": strategies[config.resize], "llm_max_length": 2048, "pad_token_id": config.pad,
     "llm_backbone_id": "vicuna-v15-7b" if config.template == VICUNA else "llama2-7b-pure",
     "pad_to_multiple_of": config.vocabulary - config.action_end, "n_action_bins": config.bins,
     "output_projector_states": False, "norm_stats": {}, "torch_dtype": config.param_dtype,
@@ -268,6 +269,6 @@ def config_json(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
   scales = [{"inplace": False, "mean": list(v.mean), "std": list(v.std)} for v in config.views.values()]
   side = config.image_size
   return c, {
-    "image_processor_type": "PrismaticImageProcessor", "image_resize_strategy": "resize-naive",
+    "image_processor_type": "PrismaticImageProcessor", "image_resize_strategy": strategies[config.resize],
     "input_sizes": [[3, side, side]] * len(ids), "use_fused_vision_backbone": fused, "tvf_normalize_params": scales,
   }  # fmt: skip

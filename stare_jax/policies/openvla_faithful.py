@@ -79,7 +79,7 @@ def act(config: Config, params: Any, obs: Obs, keys: jax.Array, temperature: jax
     score = openvla.log_prob(scores, jnp.clip(token, 0, config.bins - 1), jnp.where(greedy, 0.0, 1.0))
     return openvla.extend(params, token, dim, mask, (prefix, suffix), config), (token, score)
 
-  suffix = jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:3], config.action_size, kv.shape[-1]), kv.dtype), prefix)
+  suffix = openvla.no_tokens(prefix, config.action_size)
   steps = (np.arange(config.action_size), jax.vmap(draw, out_axes=1)(keys))
   _, (tokens, log_prob) = jax.lax.scan(step, (first, suffix), steps)
   public = tail(obs, tokens.T + config.first_action, config.eos, config.bos) - config.first_action

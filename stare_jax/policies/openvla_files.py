@@ -95,7 +95,7 @@ def folder_config(folder: str | os.PathLike, options: Mapping[str, Any] | None =
   """The configuration of a folder, with what only its tensors know: their dtype, and the sizes of a value head."""
   options = dict(options or {})
   if "param_dtype" not in options:
-    options["param_dtype"] = _dtype_of(folder)
+    options["param_dtype"] = _dtype_of(folder, openvla_config.read_config(folder, options))
   options.setdefault("compute_dtype", options["param_dtype"])
   if "value_hidden" not in options and (value := _value_entries(folder)):
     options["value_hidden"] = _value_sizes(value)
@@ -143,12 +143,13 @@ def _fresh_value(config: Config, mesh: Mesh | None) -> Callable[[jax.Array], Par
   return jax.jit(functools.partial(openvla.init, config, part="value"), out_shardings=names.nest(places))
 
 
-def _dtype_of(folder: str | os.PathLike) -> str:
-  """The one dtype of a folder's tensors."""
-  found = {str(entry.dtype) for entry in tensor_files.read_folder(folder).values()}
+def _dtype_of(folder: str | os.PathLike, config: Config) -> str:
+  """The one dtype of a folder's tensors; of those that exist here, as `save` leaves the others in the source's."""
+  dead = {t.name for t in names.tensors(config) if not t.path}
+  found = {str(entry.dtype) for name, entry in tensor_files.read_folder(folder).items() if name not in dead}
   if len(found) != 1:
     raise CheckpointError(f"{folder} mixes {', '.join(sorted(found))}: choose with param_dtype=, such as "
-                          f'param_dtype="bfloat16"')
+                          f'param_dtype="bfloat16" (of a run, --config.policy.options.param_dtype)')
   return found.pop()
 
 
@@ -339,12 +340,9 @@ def _write(
   files: Mapping[str, list[Plan]],
   arrays: Callable[[list[Plan]], Iterator[np.ndarray]],
 ) -> None:
-  """Everything beside the target, durable; then the rename that makes it a checkpoint."""
-  partial = folder.with_name(f".{folder.name}.partial")
+  """Everything beside the target, which then takes its name (`tensor_files.appearing`)."""
   size = sum(row.nbytes for rows in files.values() for row in rows)
-  try:
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
+  with tensor_files.appearing(folder) as partial:
     if (free := shutil.disk_usage(partial).free) < 1.01 * size:
       raise CheckpointError(f"disk full: {folder} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; free "
                             f"some space, or choose a folder on another disk. Nothing was written")
@@ -355,24 +353,6 @@ def _write(
         (partial / name).write_text(json.dumps(text, indent=2) + "\n")
     for name, rows in files.items():
       tensor_files.write(partial / name, rows, arrays(rows))
-    for path in (*partial.iterdir(), partial):
-      _sync(path)
-    partial.rename(folder)
-    _sync(folder.parent)
-  except BaseException as error:
-    shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(error, OSError):
-      raise CheckpointError(f"{folder} could not be written ({error.strerror or error}); nothing was left behind. "
-                            f"Check space and permissions, or choose another folder") from error
-    raise
-
-
-def _sync(path: pathlib.Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 def _side_files(

@@ -10,11 +10,13 @@ written as its tensors come, for which the library's own writer wants all of the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -188,6 +190,37 @@ def write(
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Where to write what `folder` will hold: a place beside it, which takes its name once all is there and durable.
+
+  Raises: CheckpointError where the disk refuses. After any error nothing is left.
+  """
+  partial = folder.with_name(f".{folder.name}.partial")
+  try:
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    yield partial
+    for path in (*partial.iterdir(), partial):
+      _sync(path)
+    partial.rename(folder)
+    _sync(folder.parent)
+  except BaseException as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(error, OSError):
+      raise CheckpointError(f"{folder} could not be written ({error.strerror or error}); nothing was left behind. "
+                            f"Check space and permissions, or choose another folder") from error
+    raise
+
+
+def _sync(path: pathlib.Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 def shards(plan: Sequence[Plan], limit: int) -> dict[str, list[Plan]]:
