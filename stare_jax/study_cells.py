@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stare_jax import pipeline_check, report, tasks
-from stare_jax.config import ConfigError, suggest
+from stare_jax.config import LEFT_OPEN, ConfigError, suggest
 
 START = "sft"  # the method whose run the others start from
 
@@ -206,12 +206,13 @@ def read(text: str, config: Any, name: str) -> Any:
   fields = dotted(config)
   if name not in fields:
     raise ConfigError(f'unknown field "{name}": {suggest(name, tuple(fields))}')
-  if isinstance(fields[name], str):
+  kind = LEFT_OPEN[name.rpartition(".")[2]] if fields[name] is None else type(fields[name])
+  if kind is str:
     return text
   try:
     return ast.literal_eval(text)
   except (SyntaxError, ValueError):
-    raise ConfigError(f'{name}="{text}": expected a {type(fields[name]).__name__}') from None
+    raise ConfigError(f'{name}="{text}": expected a {kind.__name__}') from None
 
 
 def dotted(config: Any, prefix: str = "") -> dict[str, Any]:

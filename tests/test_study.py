@@ -100,6 +100,7 @@ def test_a_cell_that_could_not_run_is_refused_before_any_is_started(tmp_path, ch
 
 def test_a_change_may_be_of_one_task(tmp_path):
   c = settings(tasks=("pull_cube", "put_carrot_on_plate"), seeds=(0,), changes=(
+    "policy.options.resize=lanczos3", "policy.options.center_crop=True",  # which the preset leaves open
     "preference.starts=11", "put_carrot_on_plate:preference.starts=12", "pick_cube:preference.starts=13",
   ))  # fmt: skip
   for cell in study_cells.make(c, tmp_path, ipi):
