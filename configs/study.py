@@ -15,7 +15,7 @@ from stare_jax.config import parse_arg
 EVIDENCE = (
   "sim.num_workers=1",
   "pull_cube:preference.starts=80",
-  # Imitation needs more where there is a grasp: every published start ten times, and labels without much noise.
+  # Imitation needs more where there is a grasp: ten demonstrations around each published start, with little noise.
   "put_carrot_on_plate:imitation.demonstrations=240", "put_carrot_on_plate:imitation.updates=2400",
   "put_carrot_on_plate:imitation.expert_noise=0.1", "put_carrot_on_plate:preference.starts=48",
   "put_carrot_on_plate:interaction.steps=40", "put_carrot_on_plate:interaction.batch=320",
