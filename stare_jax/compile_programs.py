@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from stare_jax import pipeline_policy, pipeline_updates, policies, rollout, roofline, roofline_hlo, sharding, train
 from stare_jax.pipeline_check import check_batches, resolved
+from stare_jax.policies import lora
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
 PARTS = {"imitation": "SFT", "preference": "StA-TPO", "interaction": "StA-PPO", "act": "act"}
@@ -41,7 +42,7 @@ def topology(name: str) -> tuple[roofline.Chip, list[jax.Device]]:
 
 
 def make_policy(config: Any) -> policies.Policy:
-  """The policy of a configuration, without its checkpoint: tokenizer and statistics change no shape."""
+  """The policy of a configuration, without checkpoint and adapters: tokenizer and statistics change no shape."""
   unit, options = np.ones(7, np.float32), resolved(config).policy.options.to_dict()
   stats = policies.ActionStats(-unit, unit, unit > 0)
   tokenizer = {} if config.policy.size == "tiny" else {"tokenizer": lambda text: [1]}
@@ -117,7 +118,7 @@ def job(policy: policies.Policy, config: Any, program: str, devices: Sequence[ja
   section = config[program]
   tx, update = getattr(pipeline_updates, program)(policy, section, mesh, policy.param_axes)
   params = abstract_params(policy, mesh)
-  state = train.abstract_state(params, tx, mesh=mesh, param_axes=policy.param_axes)
+  state = train.abstract_state(params, tx, mesh=mesh, param_axes=policy.param_axes, trainable=policy.trainable)
   traced = update.trace(state, batch(policy, config, program, mesh))
   if program != "preference":
     return Job(traced, section.batch, 1, True, mesh)
@@ -225,10 +226,9 @@ def describe(record: dict[str, Any]) -> str:
 
 def report(config: Any, name: str, programs: Sequence[str], path: str = "") -> list[dict[str, Any]]:
   """Compiles the programs one by one and prints each as soon as it is known; `path` collects JSON lines."""
-  if config.policy.lora.rank:
-    raise ValueError(f"policy.lora.rank = {config.policy.lora.rank}: programs with adapters are planned by formula "
-                     f"only, with --devices; for a topology choose openvla_7b or --config.policy.lora.rank=0")
   policy = make_policy(config)
+  if config.policy.lora.rank:
+    policy = lora.wrap(policy, pipeline_policy.adapters(config, policy))
   chip, devices = topology(name)
   records = []
   for program in programs:

@@ -59,27 +59,41 @@ def forward_flops(params: Any, config: Any, count: int = 7) -> dict[str, float]:
     count: action tokens with a choice; the last one never enters the network.
   """
   sequence = config.patches + config.prompt_length + count - 1
-  visions = {name: getattr(config, name) for name in params["vision"]}
-  positions = {f"vision/{name}/": config.patches + v.prefix_tokens for name, v in visions.items()}
-  positions |= {"projector/": config.patches, "llm/": sequence, "value/": 1}
   out = {"vision": 0.0, "projector": 0.0, "llm": 0.0, "value": 0.0}
   for path, x in jax.tree_util.tree_leaves_with_path(params):
     name = sharding.path_name(path)
     if name.endswith("/kernel"):
-      at = config.patches if "/patch/" in name else next(n for start, n in positions.items() if name.startswith(start))
-      out[name.split("/")[0]] += 2.0 * math.prod(x.shape) * at
+      out[name.split("/")[0]] += 2.0 * math.prod(x.shape) * _positions(name, config, count)
   out["head"] = 2.0 * count * config.bins * config.llm_width
   attention = 4.0 * config.llm_depth * sequence**2 * config.llm_width
-  attention += sum(4.0 * (v.depth - 1) * (config.patches + v.prefix_tokens) ** 2 * v.width for v in visions.values())
+  visions = [getattr(config, name) for name in params["vision"]]
+  attention += sum(4.0 * (v.depth - 1) * (config.patches + v.prefix_tokens) ** 2 * v.width for v in visions)
   return out | {"attention": attention}
+
+
+def _positions(name: str, config: Any, count: int) -> int:
+  """At how many positions of a row the product with a parameter of this name is taken."""
+  part, *rest = name.split("/")
+  if part == "vision":
+    return config.patches + (0 if "patch" in rest else getattr(config, rest[0]).prefix_tokens)
+  if part == "llm":
+    return count if rest[0] == "head" else config.patches + config.prompt_length + count - 1
+  return {"projector": config.patches, "value": 1}[part]
 
 
 def model_flops(params: Any, config: Any, rows: int, *, backward: bool, count: int = 7) -> float:
   """FLOPs that a program is credited with: forward once, and backward twice of it; nothing for what is computed again.
 
-  So neither rematerialisation nor the first pass of the two-pass preference gradient counts.
+  So neither rematerialisation nor the first pass of the two-pass preference gradient counts. With adapters, {"base",
+  "lora", "value"} of `lora.start`, backward is once the forward of what is frozen: its weights get no gradient.
   """
-  return rows * (3 if backward else 1) * sum(forward_flops(params, config, count).values())
+  adapters = 0.0
+  if frozen := "lora" in params:
+    for path, x in jax.tree_util.tree_leaves_with_path(params["lora"]):
+      adapters += 2.0 * math.prod(x.shape) * _positions(sharding.path_name(path), config, count)
+    params = {**params["base"], "value": params["value"]}
+  forward = sum(forward_flops(params, config, count).values())
+  return rows * (forward * (3 - frozen) + adapters * 3 if backward else forward + adapters)
 
 
 def traced_flops(jaxpr: Jaxpr | ClosedJaxpr, trips: int = 1) -> float:

@@ -1,6 +1,6 @@
 """A configuration that compiles fast, on four chips: for tests of ahead-of-time compilation (no tests here).
 
-  python -m stare_jax.compile --config=tests/nano_pod.py --topology=v5e:2x2
+  python -m stare_jax.compile --config=tests/nano_pod.py --topology=v5e:2x2 [--config.policy.lora.rank=4]
 """
 
 import pathlib
