@@ -168,7 +168,8 @@ def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   return (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != META)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+  """Makes a file, or the names in a folder, durable."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -288,7 +289,7 @@ def _write(directory: pathlib.Path, tmp: pathlib.Path, table: dict[str, Any], he
   head["files"] = {p.relative_to(tmp).as_posix(): _fingerprint(p) for p in _files(tmp)}
   (tmp / META).write_text(json.dumps(head, indent=1, default=_jsonable))
   for path in (*_files(tmp), tmp / META, *(p for p in tmp.rglob("*") if p.is_dir()), tmp):
-    _sync(path)
+    sync(path)
 
 
 def _commit(directory: pathlib.Path, tmp: pathlib.Path, step: int) -> None:
@@ -298,7 +299,7 @@ def _commit(directory: pathlib.Path, tmp: pathlib.Path, step: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
     final.rename(old)
   tmp.rename(final)
-  _sync(directory)
+  sync(directory)
   shutil.rmtree(old, ignore_errors=True)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from stare_jax.checkpoint import CheckpointError
+from stare_jax.checkpoint import CheckpointError, sync
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -204,23 +204,15 @@ def appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     partial.mkdir(parents=True)
     yield partial
     for path in (*partial.iterdir(), partial):
-      _sync(path)
+      sync(path)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
   except BaseException as error:
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(error, OSError):
       raise CheckpointError(f"{folder} could not be written ({error.strerror or error}); nothing was left behind. "
                             f"Check space and permissions, or choose another folder") from error
     raise
-
-
-def _sync(path: pathlib.Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 def shards(plan: Sequence[Plan], limit: int) -> dict[str, list[Plan]]:
