@@ -22,7 +22,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,12 +67,15 @@ def arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def share_cores(threads: int) -> int:
-  """Both sides get the same cores, before either is imported: XLA sizes its pool by the affinity."""
+def share(threads: int, sides: Sequence[str]) -> int:
+  """Both sides get the same cores, before either is imported: XLA sizes its pool by the affinity. And the GPU's memory:
+  JAX takes it as it needs it beside PyTorch, and nearly all of it at once where it is alone.
+  """
   cores = sorted(os.sched_getaffinity(0))[: threads or None]
   os.sched_setaffinity(0, cores)
   os.environ["OMP_NUM_THREADS"] = str(len(cores))
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or there is nothing left for the other side
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if "torch" in sides else "true")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
   return len(cores)
 
 
@@ -312,7 +315,7 @@ class Comparison:
       check_torch(self.device.platform)
     # A program is compiled to read its memory, and again by the update that runs it.
     self.compiled = tempfile.TemporaryDirectory()
-    jax.config.update("jax_compilation_cache_dir", self.compiled.name)
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", self.compiled.name))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     stats = policies.ActionStats(-np.ones(7), np.ones(7), np.arange(7) < 6)
     options = {**(SMALL if args.size == "small" else {}), **args.options}
@@ -434,7 +437,7 @@ def synchronised(side: Any, call: Callable[[], Any]) -> Callable[[], None]:
 
 def main() -> None:
   args = arguments()
-  cores = share_cores(args.threads)
+  cores = share(args.threads, args.sides)
   from stare_jax import processes  # which imports JAX
 
   processes.keep_memory()  # as a run does; for both sides

@@ -15,7 +15,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${CUDA_VISIBLE_DEVICES:=0}"      # 0,1,... for more GPUs: config.mesh spreads over all that are visible
 # ---------------
 
-export STARE_ACCELERATOR CUDA_VISIBLE_DEVICES
+# Of the GPU's memory for the learner; JAX's own share is three quarters, which is too little for 7B on 80 GB. A simulator
+# that draws on the same GPU needs the rest.
+: "${XLA_PYTHON_CLIENT_MEM_FRACTION:=0.92}"
+
+export STARE_ACCELERATOR CUDA_VISIBLE_DEVICES XLA_PYTHON_CLIENT_MEM_FRACTION
 bash launch/setup.sh
 
 exec .venv/bin/python -m stare_jax.main --config="$CONFIG" ${WORKDIR:+--workdir="$WORKDIR"} "$@"

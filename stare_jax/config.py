@@ -31,8 +31,8 @@ OF_A_CHECKPOINT = (  # fields of the policy's configuration that a public checkp
 )  # fmt: skip
 
 LEFT_OPEN = {  # fields of the policy's configuration that a run may choose; None: as its checkpoint or size has them
-  "prompt_length": int, "param_dtype": str, "compute_dtype": str, "remat": str, "resize": str, "center_crop": bool,
-  "faithful": bool,
+  "prompt_length": int, "param_dtype": str, "compute_dtype": str, "remat": str, "attention": str, "resize": str,
+  "center_crop": bool, "faithful": bool,
 }  # fmt: skip
 
 

@@ -136,26 +136,71 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attention(
-  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array | None
+  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array | None, fused: bool = False
 ) -> jax.Array:
   """softmax(q k^T / sqrt(E) where seen) v -> [N, Q, H*E].
 
     q: [N, H, Q, E].
     parts: keys and values [N, H, S_i, E]; attended to as if concatenated, without copying a cache to do so.
     seen: bool[N, 1, Q, sum of S_i], which keys a query may look at; None is all.
+    fused: in one kernel that keeps no scores, where there is one part and several queries (`fuses`).
+  """
+  if fused and len(parts) == 1 and q.shape[2] > 1:
+    out = fused_attention(q, *parts[0], seen)
+  else:
+    out = plain_attention(q, parts, seen)
+  n, heads, count, size = q.shape
+  return checkpoint_name(out.reshape(n, count, heads * size), "attention")
+
+
+def plain_attention(
+  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array | None
+) -> jax.Array:
+  """`attention` as two batched products -> [N, Q, H, E].
 
   Divides by the softmax's denominator last, where the array is smallest: a quarter of the time on CPU.
   """
-  n, heads, count, size = q.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  score = jnp.concatenate([product("nhqe,nhse->nhqs", q, k) for k, _ in parts], axis=-1) * size**-0.5
+  score = jnp.concatenate([product("nhqe,nhse->nhqs", q, k) for k, _ in parts], axis=-1) * q.shape[-1] ** -0.5
   score = score if seen is None else jnp.where(seen, score, NEGATIVE)
   weight = jnp.exp(score - jax.lax.stop_gradient(score.max(axis=-1, keepdims=True)))
   edges = list(itertools.accumulate(k.shape[2] for k, _ in parts))[:-1]
   weights = jnp.split(weight.astype(q.dtype), edges, axis=-1)
   out = sum(product("nhqs,nhse->nhqe", w, v) for w, (_, v) in zip(weights, parts))
-  out = (out / weight.sum(axis=-1, keepdims=True)).astype(q.dtype)
-  return checkpoint_name(out.transpose(0, 2, 1, 3).reshape(n, count, heads * size), "attention")
+  return (out / weight.sum(axis=-1, keepdims=True)).astype(q.dtype).transpose(0, 2, 1, 3)
+
+
+def fused_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None, kernel: str = "cudnn"
+) -> jax.Array:
+  """`attention` by cuDNN's flash kernel -> [N, Q, H, E]: scores never reach memory, forward or backward.
+
+  It differentiates even lengths only, so an odd one gets a position more that nobody sees.
+
+    kernel: "xla" computes the same without cuDNN, for tests.
+  """
+  count, keys, size = q.shape[2], k.shape[2], q.shape[-1]
+  if seen is None and keys % 2:
+    seen = jnp.ones((1, 1, count, keys), bool)
+  q, k, v = (_even(x, 2).transpose(0, 2, 1, 3) for x in (q, k, v))
+  mask = None if seen is None else _even(_even(seen, 2), 3)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=size**-0.5, implementation=kernel)[:, :count]
+
+
+def _even(x: jax.Array, axis: int) -> jax.Array:
+  """Zeros (False) behind the last place of an axis of odd length."""
+  return jnp.pad(x, [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)])
+
+
+def on_nvidia() -> bool:
+  """Whether programs run on an NVIDIA GPU."""
+  device = jax.devices()[0]
+  return device.platform == "gpu" and "NVIDIA" in device.device_kind
+
+
+def fuses(how: str, dtype: Any) -> bool:
+  """Whether `attention` runs in cuDNN's kernel. how: "auto" where it can (bfloat16 on an NVIDIA GPU), "plain" never."""
+  return how == "auto" and jnp.dtype(dtype) == jnp.bfloat16 and on_nvidia()
 
 
 def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
@@ -166,10 +211,10 @@ def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
   return [x.transpose(0, 2, 1, 3) for x in jnp.unstack(qkv, axis=2)]
 
 
-def vit_block(params: Params, x: jax.Array, *, head_size: int, eps: float = 1e-6) -> jax.Array:
+def vit_block(params: Params, x: jax.Array, *, head_size: int, eps: float = 1e-6, fused: bool = False) -> jax.Array:
   """Pre-norm block of a timm vision transformer, with LayerScale where the parameters have it. [N, P, W]."""
   q, k, v = split_heads(dense(params["attn"]["qkv"], layer_norm(params["norm1"], x, eps)), head_size)
-  y = dense(params["attn"]["out"], attention(q, [(k, v)], None))
+  y = dense(params["attn"]["out"], attention(q, [(k, v)], None, fused))
   x = x + (y * params["scale1"].astype(y.dtype) if "scale1" in params else y)
   up = checkpoint_name(dense(params["mlp"]["up"], layer_norm(params["norm2"], x, eps)), "mlp")
   y = dense(params["mlp"]["down"], gelu(sharding.constrain(up, "batch", None, "mlp")))
@@ -186,6 +231,7 @@ def llama_block(
   eps: float,
   past: Sequence[tuple[jax.Array, jax.Array]] = (),
   queries: int | None = None,
+  fused: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """One decoder layer on [N, Q, W].
 
@@ -193,13 +239,14 @@ def llama_block(
     seen: bool[N, 1, Q, S + Q], which positions may be looked at.
     past: keys and values [N, H, S_i, E] that precede x, already rotated.
     queries: compute only the last so many positions; all Q still serve as keys.
+    fused: as in `attention`.
   Returns: [N, queries, W] and the keys and values [N, H, Q, E] of x.
   """
   q, k, v = split_heads(dense(params["attn"]["qkv"], rms_norm(params["norm1"], x, eps)), head_size)
   k = rotate(k, rope)
   if queries is not None:
     x, q, seen, *rope = x[:, -queries:], *(a[:, :, -queries:] for a in (q, seen, *rope))
-  x = x + dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen))
+  x = x + dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen, fused))
   gate_up = checkpoint_name(dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps)), "mlp")
   gate_up = sharding.constrain(gate_up, "batch", None, None, "mlp")
   gate, up = jnp.unstack(gate_up, axis=-2)
@@ -212,6 +259,8 @@ def stack(
 ) -> tuple[jax.Array, Any]:
   """x [N, Q, W] through all layers: body(x, layer inputs) -> (x, layer output); outputs stacked. Scanned, or unrolled.
 
+    inputs: trees with a leading layer axis; or a list with a tree for each layer (`apart`), which is never scanned,
+      and whose outputs are a list as well.
     remat: a key of `REMAT`.
 
   A scan compiles one layer whatever the depth. Copies run faster on CPU at small depth, and can end in the cheaper
@@ -222,11 +271,15 @@ def stack(
   def wrap(body: Callable) -> Callable:
     return REMAT[remat](lambda x, layer: (lambda x, output: (rows(x), output))(*body(rows(x), layer)))
 
-  if not unroll:
+  if not unroll and not isinstance(inputs, list):
     return jax.lax.scan(wrap(body), rows(x), inputs)
-  depth, outputs = len(jax.tree.leaves(inputs)[0]), []
-  for i in range(depth):
-    layer = wrap(last if last and i == depth - 1 else body)
-    x, output = layer(x, jax.tree.map(operator.itemgetter(i), inputs))
+  layers, outputs = inputs if isinstance(inputs, list) else apart(inputs), []
+  for i, layer in enumerate(layers):
+    x, output = wrap(last if last and i == len(layers) - 1 else body)(x, layer)
     outputs.append(output)
-  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+  return x, outputs if isinstance(inputs, list) else jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def apart(stacked: Any) -> list[Any]:
+  """Trees with a leading layer axis as a list with a tree for each layer."""
+  return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(jax.tree.leaves(stacked)[0]))]

@@ -167,7 +167,8 @@ def encode_vision(params: Params, patches: jax.Array, vision: Vision, config: Co
   if vision.prefix_tokens:
     prefix = jnp.broadcast_to(params["prefix"].astype(dtype), (len(x), vision.prefix_tokens, vision.width))
     x = jnp.concatenate([prefix, x], axis=1)
-  block = lambda x, layer: (nn.vit_block(one_layer(layer), x, head_size=vision.head_size), None)
+  fused = nn.fuses(config.attention, dtype)
+  block = lambda x, layer: (nn.vit_block(one_layer(layer), x, head_size=vision.head_size, fused=fused), None)
   x, _ = nn.stack(block, x, params["layers"], unroll=config.unroll, remat=config.remat)
   return x[:, vision.prefix_tokens :]
 
@@ -219,14 +220,16 @@ def decoder(params: Params, x: jax.Array, mask: jax.Array, config: Config, *, ta
     mask: bool[N, S]; positions count what is not padding, and padding is never attended to.
     tail: how many of the last positions are wanted.
     cache: also return keys and values.
-  Returns: [N, tail, W] and, if `cache`, the stacked (keys, values) [layers, N, H, S, E].
+  Returns: [N, tail, W] and, if `cache`, the stacked (keys, values) [layers, N, H, S, E], or a list of (keys, values)
+    [N, H, S, E] where the layers are one.
   """
   rope = nn.rotation(jnp.cumsum(mask, axis=1) - 1, x.shape[1], config.llm_head_size, config.rope_theta)
   causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
   seen = causal & mask[:, None, None, :]
   block = functools.partial(
-    nn.llama_block, rope=rope, seen=seen, head_size=config.llm_head_size, eps=config.rms_eps
-  )
+    nn.llama_block, rope=rope, seen=seen, head_size=config.llm_head_size, eps=config.rms_eps,
+    fused=nn.fuses(config.attention, x.dtype),
+  )  # fmt: skip
 
   def body(x, layer, queries=None):
     x, kv = block(one_layer(layer), x, queries=queries)
@@ -257,7 +260,7 @@ def value_head(params: Params, hidden: jax.Array) -> jax.Array:
 
 def no_tokens(prefix: Any, count: int) -> Any:
   """The other half of `past` in `extend`, before any of `count` action tokens: zeros."""
-  return cached(jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:3], count, kv.shape[-1]), kv.dtype), prefix))
+  return cached(jax.tree.map(lambda kv: jnp.zeros((*kv.shape[:-2], count, kv.shape[-1]), kv.dtype), prefix))
 
 
 def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, past: Any, config: Config):
@@ -266,14 +269,15 @@ def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, pas
     bins: int32[N], action token number `dim`.
     mask: bool[N, S] of the prefix.
     past: ((keys, values) of the prefix [layers, N, H, S, E], (keys, values) of the action tokens so far, padded to
-      [layers, N, H, M, E]).
+      [layers, N, H, M, E]); lists by layer where the layers are one.
   Returns: [N, W] after the final norm, and the second half of `past` with this token in.
   """
-  prefix, suffix = past
+  layers, suffix = params["llm"]["layers"], past[1]
+  count = jax.tree.leaves(suffix)[0].shape[-2]
   x = embed(params, bins[:, None] + config.first_action, config)
-  length = mask.shape[1] + suffix[0].shape[3]
+  length = mask.shape[1] + count
   rope = nn.rotation(mask.sum(axis=1, keepdims=True) + dim, length, config.llm_head_size, config.rope_theta)
-  written = jnp.broadcast_to(jnp.arange(suffix[0].shape[3]) < dim, (len(x), suffix[0].shape[3]))
+  written = jnp.broadcast_to(jnp.arange(count) < dim, (len(x), count))
   seen = jnp.concatenate([mask, written, jnp.ones((len(x), 1), bool)], axis=1)
   seen = seen[:, None, None, :]
 
@@ -283,9 +287,10 @@ def extend(params: Params, bins: jax.Array, dim: jax.Array, mask: jax.Array, pas
       one_layer(layer), x, rope=rope, seen=seen, head_size=config.llm_head_size, eps=config.rms_eps, past=past
     )
 
-  x, new = nn.stack(body, x, (params["llm"]["layers"], prefix, suffix), unroll=config.unroll, remat="none")
-  at = (0, 0, 0, dim, 0)
-  suffix = cached(jax.tree.map(lambda old, add: jax.lax.dynamic_update_slice(old, add, at), suffix, new))
+  inputs = (layers, *past) if not isinstance(layers, list) else list(zip(layers, *past, strict=True))
+  x, new = nn.stack(body, x, inputs, unroll=config.unroll, remat="none")
+  write = lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add, dim, axis=old.ndim - 2)
+  suffix = cached(jax.tree.map(write, suffix, new))
   return final_norm(params, x[:, 0], config), suffix
 
 
@@ -346,6 +351,8 @@ def act(
   check(config, obs)
   config = dataclasses.replace(config, unroll=False)  # without a gradient a scan is as fast, and compiles in half
   n, last = len(obs.prompt), actions.last
+  if nn.on_nvidia():  # where a scan copies a layer's weights before it reads them: half of the time with one row
+    params = params | {"llm": params["llm"] | {"layers": nn.apart(params["llm"]["layers"])}}
   if jnp.issubdtype(keys.dtype, jnp.uint32):
     keys = jax.random.wrap_key_data(keys)
   x, mask = sequence(params, obs, jnp.zeros((n, 0), jnp.int32), config)

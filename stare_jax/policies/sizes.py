@@ -55,6 +55,7 @@ class Config:
     compute_dtype, param_dtype: of matrix products and of parameters.
     remat: what a block keeps for its backward pass, the rest being computed again: "none" keeps everything, "block" its
       input alone; "attention" and "products" lie between (`layers.REMAT`).
+    attention: "auto" runs it in cuDNN's fused kernel where that exists (bfloat16 on an NVIDIA GPU), "plain" never.
     unroll: layers of `apply` as copies instead of a scan: a faster gradient on CPU, slower to compile.
     resize, center_crop: how frames get to image_size, see `images`; bicubic is what the public processor does.
     faithful: decode as the public codes do, early ends and all; see `openvla_faithful`.
@@ -88,6 +89,7 @@ class Config:
   compute_dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
+  attention: str = "auto"
   unroll: bool = False
   resize: str = "bicubic"
   center_crop: bool = False
@@ -98,6 +100,8 @@ class Config:
       raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
     if self.remat not in REMAT:
       raise ValueError(f"remat is {self.remat!r}: expected one of {', '.join(REMAT)}, see policies/layers.py")
+    if self.attention not in ("auto", "plain"):
+      raise ValueError(f'attention is "{self.attention}": expected "auto" or "plain"')
     if not self.views:
       raise ValueError("dino and siglip are both None; the policy needs a vision transformer")
     widths = {name: (v.width, v.head_size) for name, v in self.views.items()}
