@@ -5,7 +5,8 @@
 Prints one JSON line per figure, each measured after a warm-up:
   stock   gym.make with ManiSkill's own meshes, shader and step, in a process of its own
   pool    `sims.make`: environments on worker processes, random actions, resets every 50 steps included
-  parts   milliseconds of one control step inside a worker: action (controller), physics, picture, signals; and reset
+  parts   milliseconds of one control step inside a worker: action (controller), physics, drawing (by the renderer,
+          until its layers are here), picture (made of them), signals; and reset
   suite   with --suite NAME ... (or all), nothing else: episodes of an evaluation suite beside in-distribution ones, in
           turns in one worker; `over` is the share of processor time that it costs more, resets included
 Meant for idle cores: a busy machine halves the figures. `cpu_ms_per_step` is the processor time of one step of one
@@ -69,6 +70,7 @@ for t in range(steps):
   action = rng.uniform(-1, 1, 7).astype(np.float32) * np.float32(task.unit)
   timed("action", lambda: env._set_action(action))
   timed("physics", env._simulate)
+  timed("drawing", lambda: (env.start_picture(), env.fetch_picture()))
   timed("picture", env._picture)
   timed("signals", env._signals)
 print(json.dumps({f"{name}_ms": round(float(np.median(value)), 2) for name, value in times.items()}))

@@ -216,6 +216,31 @@ def test_a_scene_from_reset_to_release(scene):
 
 
 @pytest.mark.sim
+@pytest.mark.assets
+@pytest.mark.parametrize(
+  "name", ["put_carrot_on_plate", *(pytest.param(n, marks=pytest.mark.slow) for n in BRIDGE if "carrot" not in n)]
+)
+def test_the_shorter_shader_draws_the_same_pixels(name):
+  task, frames = tasks.get(name), []
+  plan = np.random.default_rng(2).uniform(-1, 1, (6, 1, 7)).astype(np.float32) * np.float32(task.unit)
+  for options in ({}, dict(shader="minimal")):
+    with sims.make(task=task, num_envs=1, num_workers=1, image_size=224, **options) as sim:
+      frames.append([sim.reset([0], [3]), *(sim.step([0], action) for action in plan)])
+  for ours, minimal in zip(*frames, strict=True):
+    np.testing.assert_array_equal(ours.images, minimal.images)
+    np.testing.assert_array_equal(ours.signals, minimal.signals)
+
+
+def test_pixels_of_some_entities(rng):
+  labels = rng.integers(-2, 12, (30, 40))
+  for dtype in (np.int16, np.int32):
+    for wanted in ([3], [7, 3, 4, 5, 5], [-2, 0, 2, 11]):
+      mask = bridge.among(labels.astype(dtype), wanted)
+      np.testing.assert_array_equal(mask, np.where(np.isin(labels, wanted), 255, 0))
+      assert mask.dtype == np.uint8
+
+
+@pytest.mark.sim
 def test_missing_assets_name_the_command(tmp_path, monkeypatch):
   monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
   with pytest.raises(sims.SimulatorError, match=r"download_asset bridge_v2_real2sim -y\n.*download_asset widowx250s"):

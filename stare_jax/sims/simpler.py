@@ -41,7 +41,7 @@ _NO_DEVICE = (
 
 
 class Simpler:
-  """A `pool.Environment` over one WidowX task of SimplerEnv.
+  """A `worker.Environment` over one WidowX task of SimplerEnv.
 
   Options of a task's env_options:
     jitter: as in `bridge.Bridge`.
