@@ -1,4 +1,4 @@
-"""One ManiSkill environment on the CPU, inside a worker process. This module and `bridge` alone import torch.
+"""One ManiSkill environment on the CPU, inside a worker process. Torch stays here and in `arm` and `bridge`.
 
 It keeps ManiSkill's physics and drops what a learner never looks at: observation dictionaries, rewards, spaces and
 camera matrices. A control step is the controller's action, the physics substeps, a picture and a signal vector.
