@@ -5,9 +5,11 @@
 Prints one JSON line per figure, each measured after a warm-up:
   stock   gym.make with ManiSkill's own meshes, shader and step, in a process of its own
   pool    `sims.make`: environments on worker processes, random actions, resets every 50 steps included
-  parts   milliseconds of one control step inside a worker: action (controller), physics, picture, signals; and reset
+  parts   milliseconds of one control step inside a worker: action (controller), physics, drawing (by the renderer,
+          until its layers are here), picture (made of them), signals; and reset
   suite   with --suite NAME ... (or all), nothing else: episodes of an evaluation suite beside in-distribution ones, in
-          turns in one worker; `over` is the share of processor time that it costs more, resets included
+          pairs in one worker; `over` is the share of processor time that it costs more, resets included (the pairs'
+          median, and quartiles)
 Meant for idle cores: a busy machine halves the figures. `cpu_ms_per_step` is the processor time of one step of one
 environment in its worker and suffers less.
 """
@@ -69,6 +71,7 @@ for t in range(steps):
   action = rng.uniform(-1, 1, 7).astype(np.float32) * np.float32(task.unit)
   timed("action", lambda: env._set_action(action))
   timed("physics", env._simulate)
+  timed("drawing", lambda: (env.start_picture(), env.fetch_picture()))
   timed("picture", env._picture)
   timed("signals", env._signals)
 print(json.dumps({f"{name}_ms": round(float(np.median(value)), 2) for name, value in times.items()}))
@@ -88,12 +91,8 @@ def in_process(script: str, *arguments: object) -> dict:
 
 def cpu_seconds(sim: sims.pool.Pool) -> float:
   """Processor time of the workers so far."""
-  total = 0.0
-  for worker in sim._workers:
-    with open(f"/proc/{worker.process.pid}/stat") as file:
-      fields = file.read().rsplit(")", 1)[1].split()
-    total += (int(fields[11]) + int(fields[12])) / 100.0  # user and system time, in ticks of 10 ms
-  return total
+  clocks = [(~worker.process.pid << 3) | 2 for worker in sim._workers]  # Linux: that of all threads of a process, in ns
+  return sum(map(time.clock_gettime, clocks))
 
 
 def pool(task: tasks.Task, size: int, num_workers: int, num_envs: int, seconds: float) -> dict:
@@ -113,24 +112,35 @@ def pool(task: tasks.Task, size: int, num_workers: int, num_envs: int, seconds: 
 
 
 def suite_costs(task: tasks.Task, size: int, names: list[str], rounds: int) -> None:
-  """Episodes of `horizon` steps with one plan of actions, suite after suite in every round, in one process."""
+  """Episodes of `horizon` steps with one plan of actions, in one process.
+
+  Every episode of a suite has one in distribution right before or after it, from the same seed, and only such pairs are
+  compared: what else a machine does makes it faster or slower over seconds.
+  """
   chosen = [s for s in suites.choose(names)[0] if not suites.why_not(s, task, task.simulator)]
   plan = np.random.default_rng(0).uniform(-1, 1, (task.horizon, 7)).astype(np.float32) * np.float32(task.unit)
-  busy = dict.fromkeys([s.name for s in chosen], 0.0)
+  pairs: dict[str, list[list[float]]] = {s.name: [] for s in chosen if s.changes}
   with sims.make(task=task, num_envs=1, num_workers=1, image_size=size) as sim:
+
+    def episode(suite: suites.Suite, seed: int) -> float:
+      sim.suite = suites.for_worker(suite, task) if suite.changes else None
+      before = cpu_seconds(sim)
+      sim.reset([0], [seed])
+      for action in plan:
+        sim.step([0], action[None])
+      return 1e3 * (cpu_seconds(sim) - before) / task.horizon
+
     for i in range(-1, rounds):  # the first is a warm-up
-      for suite in chosen if i % 2 else chosen[::-1]:
-        sim.suite = suites.for_worker(suite, task) if suite.changes else None
-        before = cpu_seconds(sim)
-        sim.reset([0], [1000 + i])
-        for action in plan:
-          sim.step([0], action[None])
-        busy[suite.name] += (cpu_seconds(sim) - before) * (i >= 0)
-  ms = {name: 1e3 * seconds / (rounds * task.horizon) for name, seconds in busy.items()}
-  for name, value in ms.items():
-    over = value / ms[suites.IN_DISTRIBUTION.name] - 1
-    report(what="suite", task=task.name, image_size=size, suite=name, cpu_ms_per_step=round(value, 2),
-           over=round(over, 3), steps=rounds * task.horizon)  # fmt: skip
+      for suite in (s for s in chosen if s.changes):
+        order = (suites.IN_DISTRIBUTION, suite) if i % 2 else (suite, suites.IN_DISTRIBUTION)
+        ms = {s.name: episode(s, 1000 + i) for s in order}
+        if i >= 0:
+          pairs[suite.name].append([ms[suites.IN_DISTRIBUTION.name], ms[suite.name]])
+  for name, found in pairs.items():
+    usual, changed = np.transpose(found)
+    report(what="suite", task=task.name, image_size=size, suite=name, in_distribution_ms=round(np.median(usual), 2),
+           cpu_ms_per_step=round(np.median(changed), 2), over=round(np.median(changed / usual) - 1, 3),
+           quartiles=np.round(np.quantile(changed / usual, [0.25, 0.75]) - 1, 3).tolist(), pairs=rounds)  # fmt: skip
 
 
 def main() -> None:

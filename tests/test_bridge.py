@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -216,6 +217,43 @@ def test_a_scene_from_reset_to_release(scene):
 
 
 @pytest.mark.sim
+@pytest.mark.assets
+@pytest.mark.parametrize(
+  "name", ["put_carrot_on_plate", *(pytest.param(n, marks=pytest.mark.slow) for n in BRIDGE if "carrot" not in n)]
+)
+def test_the_shorter_shader_draws_the_same_pixels(name):
+  task, frames = tasks.get(name), []
+  plan = np.random.default_rng(2).uniform(-1, 1, (6, 1, 7)).astype(np.float32) * np.float32(task.unit)
+  for options in ({}, dict(shader="minimal")):
+    with sims.make(task=task, num_envs=1, num_workers=1, image_size=224, **options) as sim:
+      frames.append([sim.reset([0], [3]), *(sim.step([0], action) for action in plan)])
+  for ours, minimal in zip(*frames, strict=True):
+    np.testing.assert_array_equal(ours.images, minimal.images)
+    np.testing.assert_array_equal(ours.signals, minimal.signals)
+
+
+@pytest.mark.parametrize("height, width, size", [(480, 640, 224), (96, 96, 48)])
+def test_only_rows_that_changed_are_resized(rng, height, width, size):
+  draw = lambda: rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+  scene = types.SimpleNamespace(_image_size=size, _narrow=(None, None))
+  for _ in range(2):  # two photographs
+    scene._background = draw()
+    for drawn in (slice(0, 0), slice(0, height // 2, 3), slice(height - 1, height), slice(None)):
+      scene._mask, frame = np.zeros((height, width), np.uint8), scene._background.copy()
+      scene._mask[drawn, 5:9], frame[drawn, 5:9] = 255, draw()[drawn, 5:9]
+      np.testing.assert_array_equal(bridge.Bridge._resized(scene, frame), bridge.resized(frame, size))
+
+
+def test_pixels_of_some_entities(rng):
+  labels = rng.integers(-2, 12, (30, 40))
+  for dtype in (np.int16, np.int32):
+    for wanted in ([3], [7, 3, 4, 5, 5], [-2, 0, 2, 11]):
+      mask = bridge.among(labels.astype(dtype), wanted)
+      np.testing.assert_array_equal(mask, np.where(np.isin(labels, wanted), 255, 0))
+      assert mask.dtype == np.uint8
+
+
+@pytest.mark.sim
 def test_missing_assets_name_the_command(tmp_path, monkeypatch):
   monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
   with pytest.raises(sims.SimulatorError, match=r"download_asset bridge_v2_real2sim -y\n.*download_asset widowx250s"):
@@ -265,5 +303,5 @@ def test_physics_and_pictures_equal_stock_maniskill(name, tmp_path):
   np.testing.assert_array_equal(np.concatenate([*parts, joints, *flags], axis=1), rows)
   assert rows[:, -2].any() and rows[-1, -1], "the comparison saw no grasp, or no success"
   for stock, image in zip(frames, images[::8], strict=True):
-    difference = np.abs(bridge._resized(stock, 224).astype(int) - image).max(-1)
+    difference = np.abs(bridge.resized(stock, 224).astype(int) - image).max(-1)
     assert (difference > 20).mean() < 0.005 and difference.mean() < 0.5

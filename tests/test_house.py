@@ -54,7 +54,7 @@ LIGHT_ROOMS = ("losses", "stages", "tasks", "policies", "episode", "batching", "
                "suites")  # fmt: skip
 # Worker processes only.
 SIMULATOR_SIDE = tuple(
-  f"stare_jax/sims/{name}.py" for name in ("maniskill", "bridge", "lite", "perturbed", "simpler")
+  f"stare_jax/sims/{name}.py" for name in ("maniskill", "arm", "bridge", "lite", "perturbed", "simpler")
 )
 
 # Put together from pieces, so that this file does not contain what it looks for.

@@ -15,6 +15,7 @@ import pytest
 from stare_jax import sims, tasks
 from stare_jax.episode import SIGNAL_SIZE, unpack_signals
 from stare_jax.sims import pool as pools
+from stare_jax.sims import worker
 from stare_jax.sims.toy import Toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -97,6 +98,47 @@ def test_snapshot_continues_in_another_environment():
     sim.restore([3], [saved])
     for step, frame in zip(plan[4:], straight, strict=True):
       np.testing.assert_array_equal(sim.step([3], step).signals, frame.signals)
+
+
+class Slow:
+  """Draws in the background, and notes what it is asked for."""
+
+  def __init__(self, name, notes):
+    self.note = lambda what: notes.append(what + name)
+
+  def step(self, action):
+    self.note("move ")
+    return None
+
+  def start_picture(self):
+    self.note("start ")
+
+  def fetch_picture(self):
+    self.note("fetch ")
+
+  def observe(self, image, signals):
+    self.note("see ")
+
+  def snapshot(self):
+    return b"state"
+
+
+def test_one_environment_moves_while_another_is_drawn():
+  notes = []
+  slots = types.SimpleNamespace(actions=np.zeros((3, 7)), images=np.zeros(3), signals=np.zeros(3))
+  environments = {i: Slow("abc"[i], notes) for i in range(3)}
+  answers = []
+  for env, answer in worker._serve(environments, slots, "step", [(2, None), (0, None), (1, None)]):
+    notes.append(f"answer {'abc'[env]}")
+    answers.append((env, answer))
+  assert answers == [(2, None), (0, None), (1, None)]
+  assert notes == [
+    "move c", "start c",
+    "move a", "fetch c", "start a", "see c", "answer c",
+    "move b", "fetch a", "start b", "see a", "answer a",
+    "fetch b", "see b", "answer b",
+  ]  # fmt: skip
+  assert list(worker._serve(environments, slots, "snapshot", [(1, None)])) == [(1, b"state")]
 
 
 def test_a_killed_worker_is_replaced_and_its_episodes_are_lost():
@@ -328,6 +370,14 @@ def test_physics_equals_stock_maniskill(real, tmp_path):
   assert at == stock.shape[1]
   if task.name == "pick_cube":
     assert ours["grasped"].any() and not ours["grasped"].all()  # the comparison saw both
+
+
+@pytest.mark.sim
+def test_the_shorter_shader_draws_the_same_pixels(real):
+  task, sim = real
+  plan = actions(5, 6)[:, 0]
+  with sims.make(task=task, num_envs=1, num_workers=1, image_size=64, shader="minimal") as minimal:
+    assert same(play(minimal, 0, 12, plan), play(sim, 0, 12, plan))
 
 
 @pytest.mark.sim

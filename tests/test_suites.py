@@ -299,6 +299,22 @@ def equal(a, b):
 
 
 @pytest.mark.sim
+@pytest.mark.parametrize("name", ["in_distribution", "camera_shift", "object_colour", "foreground_texture"])
+def test_drawing_and_moving_at_once_changes_no_byte(real, name):
+  """Two environments of one process asked together, where one moves while the other is drawn, and one by one."""
+  task, sim = real
+  need(task, name)
+  alone = [play(task, sim, suites.get(name), seed, env) for env, seed in ((0, 5), (1, 8))]
+  frames = [sim.reset([0, 1], [5, 8])]
+  for action in PLAN:
+    frames.append(sim.step([0, 1], np.stack([action, action]) * np.float32(task.unit)))
+  for env in (0, 1):
+    together = np.stack([f.images[env] for f in frames]), np.stack([f.signals[env] for f in frames])
+    assert equal(together, alone[env])
+  assert not sim.events
+
+
+@pytest.mark.sim
 def test_suites_repeat_change_what_they_say_and_leave_nothing(real):
   task, sim = real
   seed, clean = 40, play(task, sim, suites.IN_DISTRIBUTION, 40)

@@ -1,7 +1,7 @@
 """Simulators behind one vector interface: N environments in worker processes, images and signals in shared memory.
 
 The learner's process stays free of torch and ManiSkill: an environment class is named by a string, and only the worker
-imports it. A new simulator is one file with an environment class (see `pool.Environment`) and one line in `REGISTRY`.
+imports it. A new simulator is one file with an environment class (see `worker.Environment`) and one line in `REGISTRY`.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def main(folder, pipe_fd, memory_fd):
   package = importlib.util.module_from_spec(spec)
   sys.modules["stare_jax"] = package
   spec.loader.exec_module(package)
-  from stare_jax.sims.pool import worker_main
+  from stare_jax.sims.worker import worker_main
 
   worker_main(pipe_fd, memory_fd)
 

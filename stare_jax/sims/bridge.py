@@ -7,6 +7,7 @@ table ("green screen"). An episode's seed decodes to its whole start state, see 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from stare_jax.sims import lite
 from stare_jax.sims.maniskill import _COMMON, ManiSkill
 
 _CAMERA = "3rd_view_camera"
+_TOGETHER = "PositionSegmentation"  # a layer: x, y, z and the entity
 FRAME = (640, 480)  # width and height of the data set's frames, pixels
 FULL_FROM = 224  # pixels; from this image size on the frame is drawn whole and then resized, as OpenVLA was trained
 _INTRINSICS = np.array([[623.588, 0, 319.501], [0, 623.588, 239.545], [0, 0, 1]])  # of a frame of FRAME
 
 
 class Bridge(ManiSkill):
-  """A `pool.Environment` over one SimplerEnv scene.
+  """A `worker.Environment` over one SimplerEnv scene.
 
   Options of a task's env_options beside ManiSkill's own:
     jitter: (metres of the object, radians about the vertical, metres of the target); how far the starts that are not
@@ -107,8 +109,10 @@ class Bridge(ManiSkill):
     before = [body.visibility for body in bodies]
     for body in bodies:
       body.visibility = 0
-    super()._picture()
+    self.start_picture()
+    self.fetch_picture()
     label, z = self._labels()
+    self._asked = False  # this picture is not the state's
     for body, visibility in zip(bodies, before, strict=True):
       body.visibility = visibility
     far = np.iinfo(np.int16).min
@@ -141,8 +145,25 @@ class Bridge(ManiSkill):
 
   # ------------------------------------------------------------------------------------------------ what it shows
 
+  def _needed(self) -> tuple[str, ...]:
+    return *super()._needed(), label_layer(self._camera)
+
   def _picture(self) -> np.ndarray:
-    return _resized(self._composed(), self._image_size)
+    return self._resized(self._composed())
+
+  _narrow: tuple[Any, np.ndarray | None] = None, None  # a background, and what Lanczos makes of its rows
+
+  def _resized(self, frame: np.ndarray) -> np.ndarray:
+    """`resized`, which works on the rows first, each by itself: here only on those that show more than the background.
+
+    That is up to half of what it takes, where it is the largest part of a picture beside the drawing.
+    """
+    if self._narrow[0] is not self._background:
+      self._narrow = self._background, _along_rows(self._background, self._image_size)
+    narrow, rows = self._narrow[1].copy(), self._mask.any(axis=1)
+    if rows.any():
+      narrow[rows] = _along_rows(frame[rows], self._image_size)
+    return resized(narrow, self._image_size)
 
   def _composed(self) -> np.ndarray:
     """uint8[H, W, 3]: the robot and the objects before the photograph, in the size of the frame."""
@@ -150,29 +171,50 @@ class Bridge(ManiSkill):
 
     drawn = super()._picture()
     label, z = self._labels()
-    kept = np.zeros(np.iinfo(np.uint16).max + 1, np.uint8)
-    kept[self._kept()] = 1
-    self._mask = kept[label]
+    self._mask = among(label, self._kept())
     if self._sink is not None:
       self._mask &= z >= self._sink
     return cv2.copyTo(drawn, self._mask, self._background.copy())
 
   def _labels(self) -> tuple[np.ndarray, np.ndarray | None]:
-    """Of the last picture, int[H, W] each: the entity that a pixel shows, and the camera's z of it if the shader says.
+    """Of the last picture, [H, W] each: the entity that a pixel shows, and the camera's z of it if the shader says.
 
+    Signed, of two or four bytes, which is what `among` can compare.
     z is negative and grows towards the camera; millimetres with the minimal shader.
     """
-    names = self._camera.get_picture_names()
-    if "PositionSegmentation" in names:
-      found = self._camera.get_picture("PositionSegmentation")
-      return found[..., 3], found[..., 2]
-    return self._camera.get_picture("Segmentation")[..., 1], None
+    import cv2
+
+    name = label_layer(self._camera)
+    found = self._layers[name]
+    if name == _TOGETHER:
+      return cv2.extractChannel(found, 3), found[..., 2]
+    return found[..., 1].astype(np.int32), None
 
   def _kept(self) -> list[int]:
     """Labels of what the photograph does not replace; an entity gets a new one in every new scene."""
     links = [link._objs[0].entity for link in self._env.agent.robot.get_links()]
     objects = [self._env.objs[name]._objs[0] for name in self._env.objects_excluded_from_greenscreening]
     return [entity.per_scene_id for entity in (*links, *objects)]
+
+
+def label_layer(camera: Any) -> str:
+  """Name of the layer in which the camera's shader says what a pixel shows."""
+  return _TOGETHER if _TOGETHER in camera.get_picture_names() else "Segmentation"
+
+
+def among(labels: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
+  """uint8[H, W]: 255 where int16 or int32[H, W] is one of `wanted`, else 0.
+
+  One comparison for each run of successive numbers, of which there are two or three: a table to look every pixel up in
+  takes 1 ms longer.
+  """
+  import cv2
+
+  numbers = np.unique(list(wanted))
+  mask = np.zeros(labels.shape, np.uint8)
+  for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
+    mask |= cv2.inRange(labels, int(run[0]), int(run[-1]))
+  return mask
 
 
 def decode(
@@ -210,8 +252,17 @@ def _photograph(path: str, frame: tuple[int, int]) -> np.ndarray:
   return cv2.resize(image, frame, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
 
 
-def _resized(frame: np.ndarray, size: int) -> np.ndarray:
+def resized(frame: np.ndarray, size: int) -> np.ndarray:
   """uint8[size, size, 3]: Lanczos over three lobes with antialiasing, ignoring the aspect ratio."""
+  return _lanczos(frame, size, size)
+
+
+def _along_rows(frame: np.ndarray, width: int) -> np.ndarray:
+  """uint8[H, width, 3]: the first of the two passes of `resized`."""
+  return _lanczos(frame, width, len(frame))
+
+
+def _lanczos(frame: np.ndarray, width: int, height: int) -> np.ndarray:
   from PIL import Image
 
-  return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS))
+  return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))

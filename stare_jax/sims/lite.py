@@ -1,8 +1,9 @@
-"""Cheap visuals for software rendering: a decimated Panda, a two-triangle floor. Collision shapes are untouched.
+"""Cheap visuals for software rendering: a decimated Panda, a two-triangle floor, no pass over a sky that is not there.
 
 Software rendering of the table-top scenes is bound by vertices: the Panda's visual meshes hold 135 thousand triangles,
-the floor 20 thousand. `enable` makes ManiSkill draw a decimated copy, written once per user and version to
-$XDG_CACHE_HOME/stare_jax (~/.cache/stare_jax) and reused by every worker. Runs in the worker process.
+the floor 20 thousand. `enable` makes ManiSkill draw a decimated copy; collision shapes are untouched. Large pictures
+are bound by pixels, and `register_bare` offers shaders that touch each only once. Both are files, written once per user
+and version to $XDG_CACHE_HOME/stare_jax (~/.cache/stare_jax) and reused by every worker. Runs in the worker process.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+BARE = "bare"  # the shader pack of `register_bare`
 _VERSION = 1  # of the recipe below: a change of it makes a new cache folder
 _MIN_FACES = 60
 _CREASE = 35.0  # degrees; sharper edges keep flat shading
@@ -30,23 +33,28 @@ def cache_root() -> pathlib.Path:
 
 
 def panda_folder(ratio: float) -> pathlib.Path:
-  """A copy of the Panda's description whose visual meshes keep `ratio` of their triangles; built at the first call.
+  """A copy of the Panda's description whose visual meshes keep `ratio` of their triangles; built at the first call."""
+  version = importlib.metadata.version("mani_skill")
+  return _cached(f"panda-lite{_VERSION}-maniskill{version}-{ratio:g}", lambda folder: _write_panda(folder, ratio))
+
+
+def _cached(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+  """The folder of that name in the cache, filled by `write` at the first call.
 
   Safe under concurrent workers (one builds, the others wait) and under kill -9 (a half-written copy is never seen).
   """
-  version = importlib.metadata.version("mani_skill")
   root = cache_root()
-  target = root / f"panda-lite{_VERSION}-maniskill{version}-{ratio:g}"
+  target = root / name
   if target.is_dir():
     return target
   root.mkdir(parents=True, exist_ok=True)
-  with open(root / "panda.lock", "w") as lock:
+  with open(root / f"{name.partition('-')[0]}.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not target.is_dir():
       for stale in root.glob(f".{target.name}-*"):
         shutil.rmtree(stale, ignore_errors=True)
       building = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
-      _write_panda(building, ratio)
+      write(building)
       building.rename(target)
   return target
 
@@ -82,6 +90,36 @@ def _decimate(path: pathlib.Path, ratio: float) -> None:
     mesh.vertex_normals  # noqa: B018 - computed and cached here, so that the export writes them
     lighter.add_geometry(mesh, geom_name=name, node_name=node)
   lighter.export(path)
+
+
+def register_bare() -> None:
+  """Makes ManiSkill know the shader pack `BARE`: SAPIEN's "minimal" without its second pass.
+
+  That pass goes over every pixel and puts the sky behind what the first one drew. None of the scenes has a sky, so it
+  puts black where there is black. In software it is half of what drawing 640 x 480 pixels takes.
+  """
+  import sapien.render
+  from mani_skill.render import shaders
+
+  version = importlib.metadata.version("sapien")
+  folder = str(_cached(f"shaders-lite{_VERSION}-sapien{version}", _write_shaders) / BARE)
+  known, minimal = shaders.PREBUILT_SHADER_CONFIGS, shaders.PREBUILT_SHADER_CONFIGS["minimal"]
+  renamed = {"Color": "ColorRaw"}  # what the first pass leaves
+  known[BARE] = shaders.ShaderConfig(
+    shader_pack=folder,
+    texture_names={renamed.get(name, name): kinds for name, kinds in minimal.texture_names.items()},
+    texture_transforms={renamed.get(name, name): change for name, change in minimal.texture_transforms.items()},
+  )
+  sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")  # as ManiSkill does for "minimal"
+  sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
+
+
+def _write_shaders(out: pathlib.Path) -> None:
+  import sapien
+
+  source = pathlib.Path(sapien.__file__).parent / "vulkan_shader"
+  shutil.copytree(source / "common", out / "common")  # which the pack's files include
+  shutil.copytree(source / "minimal", out / BARE, ignore=shutil.ignore_patterns("composite*"))
 
 
 def render_body(entity: Any) -> Any:

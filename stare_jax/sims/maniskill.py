@@ -1,4 +1,4 @@
-"""One ManiSkill environment on the CPU, inside a worker process. This module and `bridge` alone import torch.
+"""One ManiSkill environment on the CPU, inside a worker process. Torch stays here and in `arm` and `bridge`.
 
 It keeps ManiSkill's physics and drops what a learner never looks at: observation dictionaries, rewards, spaces and
 camera matrices. A control step is the controller's action, the physics substeps, a picture and a signal vector.
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from stare_jax.episode import SIGNALS
-from stare_jax.sims import SimulatorError, load
+from stare_jax.sims import SimulatorError, lite, load
+from stare_jax.sims.arm import Arm
 
 _SNAPSHOT_VERSION = 2
 _GRASP_FORCE = 0.5  # newtons per finger, and
@@ -46,7 +47,7 @@ def make(*, env_options: dict[str, Any], **spec: Any) -> ManiSkill:
 
 
 class ManiSkill:
-  """A `pool.Environment` over one `physx_cpu` ManiSkill environment with a fixed camera."""
+  """A `worker.Environment` over one `physx_cpu` ManiSkill environment with a fixed camera."""
 
   _changed: tuple[Any, ...] = ()  # further arguments of the last reset, of an environment that takes some
   ROBOT_ASSETS: tuple[str, ...] = ()  # ManiSkill's names of what the robot needs downloaded; the Panda is part of it
@@ -60,7 +61,7 @@ class ManiSkill:
     env_options: dict[str, Any],
     image_size: int,
     mesh_ratio: float | None = 0.1,
-    shader: str = "minimal",
+    shader: str = lite.BARE,
     render_backend: str = "cpu",
     draw: bool = True,
   ):
@@ -73,7 +74,8 @@ class ManiSkill:
       env_options: further arguments of the environment, and `show_goal`: draw the goal that it hides from cameras.
       image_size: H = W, pixels.
       mesh_ratio: share of the robot's visual triangles that is kept; None draws ManiSkill's own meshes.
-      shader: SAPIEN's shader pack. The packs differ in the background's colour: never mix two in one data set.
+      shader: ManiSkill's name of a shader pack, or `lite.BARE`, which draws the pixels of "minimal" in less time. The
+        others differ in the background's colour: never mix two in one data set.
       render_backend: "cpu" or "gpu".
       draw: False leaves every image black, for statistics of experts, which see signals alone.
     """
@@ -81,7 +83,12 @@ class ManiSkill:
     logging.getLogger("mani_skill").setLevel(logging.ERROR)
     self._env_id = env_id
     self._image_size, self._mesh_ratio, self._draw = image_size, mesh_ratio, draw
-    options = self._arguments(camera, shader) | dict(render_backend=render_backend) | env_options
+    if shader == lite.BARE:
+      lite.register_bare()
+    self._layer = "ColorRaw" if shader == lite.BARE else "Color"
+    # SAPIEN builds a camera at its first picture with the pack that was named last, which is the other camera's.
+    second = dict(human_render_camera_configs=dict(shader_pack=shader))
+    options = self._arguments(camera, shader) | second | dict(render_backend=render_backend) | env_options
     self._show_goal = options.pop("show_goal", True)
     self._env = _build(env_id, options, mesh_ratio, self.ROBOT_ASSETS)
     self._object_name, self._goal_name = actors
@@ -93,7 +100,7 @@ class ManiSkill:
 
   def reset(self, seed: int) -> None:
     """The initial state that `seed` names, in a physics scene without a past."""
-    self._seed, self._actions = seed, []
+    self._seed, self._actions, self._asked = seed, [], False
     if self._env.reconfiguration_freq == 0:
       self._move_to_new_scene()
       self._before_start()
@@ -110,14 +117,32 @@ class ManiSkill:
   def step(self, action: np.ndarray) -> None:
     """One control step: float32[D] in the units of the task's controller."""
     self._actions.append(action)
+    self._asked = False
     self._env._elapsed_steps += 1
     self._set_action(action)
     self._simulate()
 
   def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
-    """Draws into uint8[H, W, 3] and writes float32[S]."""
-    image[...] = self._picture() if self._draw else 0
+    """Draws into uint8[H, W, 3] and writes float32[S], the latter while the former is drawn."""
+    if self._draw and not self._asked:
+      self.start_picture()
     signals[...] = self._signals()
+    image[...] = self._picture() if self._draw else 0
+
+  _asked = False  # for a picture of the state as it is
+  _layers: dict[str, np.ndarray] | None = None  # of that picture, once they are fetched
+
+  def start_picture(self) -> None:
+    """Asks for a picture of the state: the renderer's threads draw it while this one goes on."""
+    if self._draw:
+      self._env.scene.update_render(update_sensors=True, update_human_render_cameras=False)
+      self._camera.take_picture()
+      self._asked, self._layers = True, None
+
+  def fetch_picture(self) -> None:
+    """Waits until it is drawn and copies what `_picture` needs of it."""
+    if self._draw and self._layers is None:
+      self._layers = {name: self._camera.get_picture(name) for name in self._needed()}
 
   def snapshot(self) -> bytes:
     """The episode so far: seed, actions, and the state that they led to."""
@@ -180,7 +205,7 @@ class ManiSkill:
     (sensor,) = env._sensors.values()
     self._camera = sensor.camera._render_cameras[0]
     controllers = getattr(agent.controller, "controllers", {})
-    self._arm = _Arm.of(controllers.get("arm")) if list(controllers) == ["arm", "gripper"] else None
+    self._arm = Arm.of(controllers.get("arm")) if list(controllers) == ["arm", "gripper"] else None
     self._gripper = controllers.get("gripper")
     self._bare = _bare(env, controllers)
     agent.is_grasping = self._is_grasping  # `evaluate` asks it too: ours reads the contacts once, without torch
@@ -257,12 +282,17 @@ class ManiSkill:
 
   # ------------------------------------------------------------------------------------------------ what it shows
 
+  def _needed(self) -> tuple[str, ...]:
+    """Names of the renderer's layers that make a picture."""
+    return (self._layer,)
+
   def _picture(self) -> np.ndarray:
     import cv2
 
-    self._env.scene.update_render(update_sensors=True, update_human_render_cameras=False)
-    self._camera.take_picture()
-    picture = self._camera.get_picture("Color")
+    if not self._asked:
+      self.start_picture()
+    self.fetch_picture()
+    picture = self._layers[self._layer]
     picture = picture if picture.dtype == np.uint8 else (picture * 255).astype(np.uint8)
     return cv2.cvtColor(picture, cv2.COLOR_RGBA2RGB)
 
@@ -333,116 +363,6 @@ def _bare(env: Any, controllers: dict[str, Any]) -> bool:
   return not own and all(not getattr(x.config, "interpolate", True) for x in controllers.values()) and bool(controllers)
 
 
-class _Arm:
-  """ManiSkill's `PDEEPoseController` for pd_ee_delta_pose on one CPU environment, without its hundred tiny tensors.
-
-  The same operations in the same order and precision (float32), so that the joint targets are the same bits: where a
-  library's own rounding matters (sine, norm, matrix product) it is torch that computes. A test compares the two.
-  """
-
-  def __init__(self, controller: Any):
-    config, kinematics = controller.config, controller.kinematics
-    low, high = (limit[:3].numpy() for limit in (controller.action_space_low, controller.action_space_high))
-    self._offset, self._range = np.float32(0.5) * (high + low), np.float32(0.5) * (high - low)
-    self._turn = np.float32(config.rot_lower)
-    self._robot = controller.articulation._objs[0]
-    self._root, self._hand = controller.root_link._objs[0], controller.ee_link._objs[0]
-    self._joints = [joint._objs[0] for joint in controller.joints]
-    self._own = controller.active_joint_indices.numpy()
-    self._ordered = kinematics.pmodel_active_joint_indices.numpy()
-    self._controlled = kinematics.pmodel_controlled_joint_indices.numpy()
-    self._solve = kinematics.pmodel.compute_inverse_kinematics
-    self._link, self._mask = kinematics.end_link_idx, kinematics.qmask.numpy()
-
-  @classmethod
-  def of(cls, controller: Any) -> _Arm | None:
-    """An `_Arm` for exactly the configuration that it copies; None for any other controller."""
-    from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseController
-
-    if type(controller) is not PDEEPoseController:
-      return None
-    config = controller.config
-    copied = (
-      config.use_delta
-      and not config.use_target
-      and not config.interpolate
-      and config.normalize_action
-      and config.frame == "root_translation:root_aligned_body_rotation"
-      and abs(config.rot_lower) < 1.0  # the quaternion's real part is its largest
-    )
-    return cls(controller) if copied else None
-
-  def set_action(self, action: np.ndarray) -> None:
-    """float32[6] in [-1, 1]: moves the joint targets to where the hand is displaced and turned so."""
-    import sapien
-
-    if np.isnan(action).any():
-      raise ValueError(f"action cannot be NaN: {action}")
-    position, turn = self._hand_at_base()
-    position = position + (self._offset + self._range * np.clip(action[:3], np.float32(-1), np.float32(1)))
-    turn = _multiply(self._delta(action[3:]), turn)
-    qpos = self._robot.get_qpos()
-    pose = sapien.Pose(position, _standard(turn))
-    result, success, _ = self._solve(
-      self._link, pose, initial_qpos=qpos[self._ordered], active_qmask=self._mask, max_iterations=100
-    )
-    targets = result[self._controlled].astype(np.float32) if success else qpos[self._own]
-    for joint, target in zip(self._joints, targets, strict=True):
-      joint.set_drive_target(target)
-
-  def _hand_at_base(self) -> tuple[np.ndarray, np.ndarray]:
-    """root^-1 * hand: position float32[3], quaternion float32[4] wxyz."""
-    root, hand = self._root.entity_pose, self._hand.entity_pose
-    inverse = _conjugate(root.q)
-    origin = _rotate(inverse, -root.p)
-    return origin + _rotate(inverse, hand.p), _standard(_multiply(inverse, hand.q))
-
-  def _delta(self, rotation: np.ndarray) -> np.ndarray:
-    """float32[4]: the quaternion of an action's rotation (Euler angles XYZ after clipping its norm to 1)."""
-    torch = _torch()
-    norm = torch.linalg.norm(torch.from_numpy(rotation)[None], axis=1).numpy()[0]
-    if norm > 1:
-      rotation = rotation * (np.float32(1) / norm)
-    angles = torch.from_numpy(rotation * self._turn)
-    (cx, cy, cz), (sx, sy, sz) = torch.cos(angles).numpy(), torch.sin(angles).numpy()
-    x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]], np.float32)
-    y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]], np.float32)
-    z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]], np.float32)
-    x, y, z = (torch.from_numpy(matrix)[None] for matrix in (x, y, z))
-    m = torch.matmul(torch.matmul(x, y), z)[0].numpy()
-    real = np.sqrt(np.float32(1) + m[0, 0] + m[1, 1] + m[2, 2])
-    quaternion = np.array([real * real, m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]], np.float32)
-    return quaternion / (np.float32(2) * real)
-
-
-def _conjugate(q: np.ndarray) -> np.ndarray:
-  return q * np.array([1, -1, -1, -1], np.float32)
-
-
-def _standard(q: np.ndarray) -> np.ndarray:
-  return -q if q[0] < 0 else q
-
-
-def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """float32[4] * float32[4], wxyz; products are added from left to right."""
-  aw, ax, ay, az = a
-  bw, bx, by, bz = b
-  return np.array(
-    [
-      aw * bw - ax * bx - ay * by - az * bz,
-      aw * bx + ax * bw + ay * bz - az * by,
-      aw * by - ax * bz + ay * bw + az * bx,
-      aw * bz + ax * by - ay * bx + az * bw,
-    ],
-    np.float32,
-  )
-
-
-def _rotate(q: np.ndarray, point: np.ndarray) -> np.ndarray:
-  """float32[3] turned by a quaternion."""
-  return _multiply(_multiply(q, np.append(np.float32(0), point)), _conjugate(q))[1:]
-
-
 def _torch() -> Any:
   import torch
 
@@ -467,8 +387,6 @@ def _build(env_id: str, options: dict[str, Any], mesh_ratio: float | None, robot
   import mani_skill.envs  # noqa: F401 - registers the environments
 
   if mesh_ratio is not None:
-    from stare_jax.sims import lite
-
     lite.enable(mesh_ratio)
   check_assets(env_id, robot_assets)
   try:

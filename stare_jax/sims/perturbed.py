@@ -14,7 +14,7 @@ import numpy as np
 
 from stare_jax import suites
 from stare_jax.sims import SimulatorError, lite, textures
-from stare_jax.sims.bridge import FRAME, Bridge
+from stare_jax.sims.bridge import FRAME, Bridge, among, label_layer
 from stare_jax.sims.maniskill import ManiSkill
 
 _CLEAR = 0.05  # metres between the tool and the bounding box of what is put elsewhere
@@ -81,7 +81,7 @@ class Perturbed(ManiSkill):
     return super()._picture()
 
   def _overlaid(self, image: np.ndarray, foreground: np.ndarray) -> np.ndarray:
-    """uint8[H, W, 3] with the overlay over the pixels that are 1 in uint8[H, W]."""
+    """uint8[H, W, 3] with the overlay over the pixels that are not 0 in uint8[H, W]."""
     import cv2
 
     picture, alpha = self._overlay
@@ -240,15 +240,19 @@ class Perturbed(ManiSkill):
 class Table(Perturbed):
   """The table-top scenes."""
 
-  _labels = Bridge._labels  # which asks for nothing but the camera
+  _labels = Bridge._labels  # which asks for nothing but the picture's layers
+
+  def _needed(self) -> tuple[str, ...]:
+    more = () if self._overlay is None else (label_layer(self._camera),)
+    return *super()._needed(), *more
 
   def _drawn(self) -> np.ndarray:
     image = super()._drawn()
     if self._overlay is None:
       return image
-    shown = np.ones(np.iinfo(np.uint16).max + 1, np.uint8)
-    shown[[0, *(self._env.scene.actors[name]._objs[0].per_scene_id for name in ("table-workspace", "ground"))]] = 0
-    return self._overlaid(np.ascontiguousarray(image), shown[self._labels()[0]])
+    behind = [self._env.scene.actors[name]._objs[0].per_scene_id for name in ("table-workspace", "ground")]
+    foreground = ~among(self._labels()[0], [0, *behind])
+    return self._overlaid(np.ascontiguousarray(image), foreground)
 
   def _change_table(self) -> None:
     (top,) = (m for m in _materials(self._env.scene.actors["table-workspace"]._objs[0]) if m.base_color_texture)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import mmap
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -22,68 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import weakref
 from collections.abc import Iterable, Sequence
 from multiprocessing import connection
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from stare_jax.episode import SIGNAL_SIZE
-from stare_jax.sims import Frame, SimulatorError, load
+from stare_jax.sims import Frame, SimulatorError
+from stare_jax.sims.worker import Slots
 
 _LOG = logging.getLogger(__name__)
 _LOG_TAIL = 1500  # characters of a dead worker's output that an event carries
-
-
-class Environment(Protocol):
-  """What a simulator's class offers inside the worker; built as `Class(**spec)`."""
-
-  def reset(self, seed: int, suite: Any = None) -> None:
-    """Starts the episode that `seed` names, whatever happened before in this process.
-
-    One that never gets a suite (`suites.CAN_CHANGE` says which simulators do) need not take it.
-    """
-
-  def step(self, action: np.ndarray) -> None:
-    """One control step with float32[D]."""
-
-  def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
-    """Writes the state's view into uint8[H, W, 3] and its signals into float32[S]."""
-
-  def snapshot(self) -> bytes:
-    """Everything needed to continue from here."""
-
-  def restore(self, data: bytes) -> str | None:
-    """Continues from a snapshot; returns a note for the events where that was not exact."""
-
-  # And, where it has one, versions() -> dict[str, str]: the packages behind it, for the record.
-
-
-class _Slots:
-  """The shared memory, as arrays over one anonymous file: no name that could leak or collide."""
-
-  def __init__(self, fd: int, num_envs: int, image_size: int, action_size: int):
-    shapes = {
-      "signals": ((num_envs, SIGNAL_SIZE), np.float32),
-      "actions": ((num_envs, action_size), np.float32),
-      "images": ((num_envs, image_size, image_size, 3), np.uint8),
-    }
-    sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in shapes.items()}
-    total = sum(sizes.values())
-    if os.fstat(fd).st_size < total:
-      os.ftruncate(fd, total)
-    memory = mmap.mmap(fd, total)
-    at = 0
-    for name, (shape, dtype) in shapes.items():
-      array = np.frombuffer(memory, dtype, count=int(np.prod(shape)), offset=at).reshape(shape)
-      setattr(self, name, array)
-      at += sizes[name]
-
-  signals: np.ndarray
-  actions: np.ndarray
-  images: np.ndarray
 
 
 def _anonymous_file() -> int:
@@ -91,59 +39,6 @@ def _anonymous_file() -> int:
     return os.memfd_create("stare_jax")
   with tempfile.TemporaryFile() as file:
     return os.dup(file.fileno())
-
-
-# ------------------------------------------------------------------------------------------------- the worker's side
-
-
-def worker_main(pipe_fd: int, memory_fd: int) -> None:
-  """The worker process: build the environments, then answer requests until the pipe closes."""
-  for number in (signal.SIGINT, signal.SIGTERM):  # the parent's business, also where a whole job is signalled;
-    signal.signal(number, signal.SIG_IGN)  # we end with the pipe
-  pipe = connection.Connection(pipe_fd)
-  try:
-    start = pipe.recv()
-    slots = _Slots(memory_fd, start["num_envs"], start["image_size"], start["action_size"])
-    environments = {env: load(start["environment"])(**start["spec"]) for env in start["envs"]}
-    pipe.send(("ready", None, _about(environments.values())))
-    while True:
-      kind, requests = pipe.recv()
-      for env, argument in requests:
-        result = _serve(environments[env], slots, env, kind, argument)
-        pipe.send(("done", env, result))
-  except (EOFError, ConnectionError):
-    pass
-  except SimulatorError as error:
-    pipe.send(("failed", None, str(error)))
-  except BaseException:
-    pipe.send(("failed", None, traceback.format_exc()))
-  os._exit(0)  # the renderer's destructors may crash; nothing of ours is left to flush
-
-
-def _about(environments: Iterable[Environment]) -> dict[str, str]:
-  """Versions of what this process runs on, as strings: objects of one numpy need not mean anything to another."""
-  about = {"python": platform.python_version(), "numpy": np.__version__}
-  for environment in environments:
-    about |= getattr(environment, "versions", dict)()
-  return about
-
-
-def _serve(environment: Environment, slots: _Slots, env: int, kind: str, argument: Any) -> Any:
-  if kind == "snapshot":
-    return environment.snapshot()
-  if kind == "reset":
-    environment.reset(*argument)
-  elif kind == "step":
-    environment.step(slots.actions[env].copy())
-  elif kind == "restore":
-    note = environment.restore(argument)
-    environment.observe(slots.images[env], slots.signals[env])
-    return note
-  environment.observe(slots.images[env], slots.signals[env])
-  return None
-
-
-# ------------------------------------------------------------------------------------------------- the parent's side
 
 
 class _Worker:
@@ -271,7 +166,7 @@ class Pool:
       environment=environment, spec=spec, num_envs=num_envs, image_size=image_size, action_size=action_size
     )
     self._memory_fd = _anonymous_file()
-    self._slots = _Slots(self._memory_fd, num_envs, image_size, action_size)
+    self._slots = Slots(self._memory_fd, num_envs, image_size, action_size)
     self._pending: dict[int, str] = {}  # env -> the request that waits for its answer
     self._results: dict[int, Any] = {}  # env -> the answer, until `receive` takes it
     self._lost = np.zeros(num_envs, bool)

@@ -21,7 +21,7 @@ import numpy as np
 
 from stare_jax.episode import SIGNALS
 from stare_jax.sims import SimulatorError
-from stare_jax.sims.bridge import _INTRINSICS, FRAME, FULL_FROM, _photograph, _resized, decode
+from stare_jax.sims.bridge import _INTRINSICS, FRAME, FULL_FROM, _photograph, decode, resized
 from stare_jax.sims.maniskill import _joints
 
 _CAMERA = "3rd_view_camera"
@@ -41,7 +41,7 @@ _NO_DEVICE = (
 
 
 class Simpler:
-  """A `pool.Environment` over one WidowX task of SimplerEnv.
+  """A `worker.Environment` over one WidowX task of SimplerEnv.
 
   Options of a task's env_options:
     jitter: as in `bridge.Bridge`.
@@ -123,7 +123,7 @@ class Simpler:
 
   def observe(self, image: np.ndarray, signals: np.ndarray) -> None:
     """Draws into uint8[H, W, 3] and writes float32[S]."""
-    image[...] = _resized(self._picture(), self._image_size) if self._draw else 0
+    image[...] = resized(self._picture(), self._image_size) if self._draw else 0
     signals[...] = self._signals()
 
   def snapshot(self) -> bytes:

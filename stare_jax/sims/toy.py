@@ -22,7 +22,7 @@ _DOWN = (0.0, 1.0, 0.0, 0.0)  # the gripper's orientation, wxyz
 
 
 class Toy:
-  """A `pool.Environment` in numpy. Takes the arguments that every simulator gets; most do not matter here."""
+  """A `worker.Environment` in numpy. Takes the arguments that every simulator gets; most do not matter here."""
 
   def __init__(self, *, image_size: int, **_: Any):
     self._size = image_size
