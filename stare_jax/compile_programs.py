@@ -283,8 +283,7 @@ def plan(config: Any, text: str) -> str:
     )  # fmt: skip
     total = roofline.training_bytes(sizes)
     fits = "fits" if total < 0.9 * chip.hbm else "DOES NOT FIT: use smaller micro-batches, more devices or LoRA"
-    lines.append(f"{PARTS[program]:<8} {here} rows per GPU: {total / 2**30:.1f}, activations counted {roofline.HELD} "
-                 f"times (as compiled programs hold them), {fits}")
+    lines.append(f"{PARTS[program]:<8} {here} rows per GPU: {total / 2**30:.1f}, {fits}")
     lines += [f"  {size / 2**30:8.2f}  {name}" for name, size in sizes.items()]
   return "\n".join(lines)
 
