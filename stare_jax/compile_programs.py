@@ -293,7 +293,8 @@ def micro_batch(config: Any, program: str) -> tuple[int, bool]:
   """(rows of one micro-batch on all devices, whether the gradients of several are summed) of a phase's update."""
   section = config[program]
   if program == "preference":
-    return section.micro_batch, 2 * section.batch * max(resolved(config).preference.buckets) > section.micro_batch
+    steps = 2 * section.batch * max(resolved(config).preference.buckets)
+    return min(section.micro_batch, steps), steps > section.micro_batch
   return section.batch // section.micro_batches, section.micro_batches > 1
 
 
