@@ -122,8 +122,8 @@ def job(policy: policies.Policy, config: Any, program: str, devices: Sequence[ja
   traced = update.trace(state, batch(policy, config, program, mesh))
   if program != "preference":
     return Job(traced, section.batch, 1, True, mesh)
-  rows = 2 * section.batch * max(resolved(config).preference.buckets)
-  return Job(traced, rows, math.ceil(rows / section.micro_batch), True, mesh)
+  shape = (2 * section.batch, max(resolved(config).preference.buckets))
+  return Job(traced, math.prod(shape), train.most_trips(shape, section.micro_batch), True, mesh)
 
 
 def _act_job(policy: policies.Policy, config: Any, devices: Sequence[jax.Device]) -> Job:
@@ -292,7 +292,8 @@ def micro_batch(config: Any, program: str) -> tuple[int, bool]:
   """(rows of one micro-batch on all devices, whether the gradients of several are summed) of a phase's update."""
   section = config[program]
   if program == "preference":
-    return section.micro_batch, 2 * section.batch * max(resolved(config).preference.buckets) > section.micro_batch
+    steps = 2 * section.batch * max(resolved(config).preference.buckets)
+    return min(section.micro_batch, steps), steps > section.micro_batch
   return section.batch // section.micro_batches, section.micro_batches > 1
 
 

@@ -63,7 +63,7 @@ PREFERENCE_LOSSES: dict[str, Callable[[jax.Array, train.PreferenceBatch, Any], t
 
 
 def preference(policy: policies.Policy, c: Any, mesh: Mesh | None, param_axes: Any) -> Program:
-  """TPO or StA-TPO by the two-pass gradient; a batch is a `train.PreferenceBatch`. c: config.preference."""
+  """TPO or StA-TPO by the exact gradient; a batch is a `train.PreferenceBatch`. c: config.preference."""
 
   def log_prob(params, obs, tokens):
     return ops.token_log_prob(policy.apply(params, obs, tokens).logits, tokens, c.temperature)

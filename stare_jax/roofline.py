@@ -84,7 +84,7 @@ def _positions(name: str, config: Any, count: int) -> int:
 def model_flops(params: Any, config: Any, rows: int, *, backward: bool, count: int = 7) -> float:
   """FLOPs that a program is credited with: forward once, and backward twice of it; nothing for what is computed again.
 
-  So neither rematerialisation nor the first pass of the two-pass preference gradient counts. With adapters, {"base",
+  So neither rematerialisation nor the first of two passes of a preference gradient counts. With adapters, {"base",
   "lora", "value"} of `lora.start`, backward is once the forward of what is frozen: its weights get no gradient.
   """
   adapters = 0.0

@@ -3,7 +3,7 @@
   TrainState        step int32[], params, opt; donated to every update
   make_optimizer    AdamW with clipping, warm-up and decay; the host may scale the learning rate between updates
   make_update       (params, batch) -> (Mean, {name: Mean}) becomes (state, batch) -> (state, metrics)
-  make_preference_update   the exact two-pass gradient (METHOD: Exactness under micro-batching)
+  make_preference_update   the same for pairs, by the exact gradient of `train_preference`
   make_log_prob, make_loss the same forward passes without an update
   fetch             the door up: metrics as floats, or a NonFiniteError that names the source
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,16 @@ from jax.sharding import Mesh
 
 from stare_jax import sharding
 from stare_jax.train_optimizer import hyperparams, learning_rate_scale, make_optimizer, set_learning_rate_scale
+from stare_jax.train_preference import (
+  Kernel,
+  LogProbFn,
+  PreferenceBatch,
+  check_micro_batch,
+  loss_mean,
+  make_log_prob,
+  most_trips,
+  preference_gradient,
+)
 from stare_jax.train_state import (
   Trainable,
   TrainState,
@@ -44,8 +54,9 @@ from stare_jax.train_state import (
 )
 
 __all__ = [
-  "TrainState", "abstract_state", "init_state", "join", "join_state", "learning_rate_scale", "make_optimizer",
-  "new_state", "set_learning_rate_scale", "split", "split_state", "state_shardings",
+  "PreferenceBatch", "TrainState", "abstract_state", "init_state", "join", "join_state", "learning_rate_scale",
+  "make_log_prob", "make_optimizer", "most_trips", "new_state", "preference_gradient", "set_learning_rate_scale",
+  "split", "split_state", "state_shardings",
 ]  # fmt: skip
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -55,24 +66,6 @@ LossFn = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 
 class NonFiniteError(FloatingPointError):
   """An update was refused because its loss, gradient or step is NaN or infinite; nothing was changed."""
-
-
-class PreferenceBatch(NamedTuple):
-  """Pairs of episodes as padded steps; row b and row B + b are the two episodes of pair b.
-
-  Attributes:
-    obs: tree of [2B, T, ...], what the policy sees at each step.
-    tokens: int32[2B, T, A].
-    valid: bool[2B, T]; padded steps are never evaluated and get no gradient.
-    ref_log_prob: float32[2B, T], nats, summed over the action's tokens.
-    pairs: what the kernel needs beside: stage_id int32[2B, T], cost float32[2B, K], sign int8[B, K] ...
-  """
-
-  obs: Any
-  tokens: Any
-  valid: Any
-  ref_log_prob: Any
-  pairs: Any
 
 
 class Update:
@@ -124,14 +117,6 @@ class Update:
 
 
 # The update -------------------------------------------------------------------------------------------------
-
-
-def _loss_mean(loss: Any, metrics: Mapping[str, Any]) -> Any:
-  """The loss as a Mean: as returned, or where a kernel returned its value, the Mean that it left in its metrics."""
-  loss = loss if hasattr(loss, "weight") else metrics.get("loss")
-  if not hasattr(loss, "weight"):
-    raise TypeError("the loss function returned no Mean; expected (Mean, {name: Mean}), or a Mean under 'loss'")
-  return loss
 
 
 def _values(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -194,7 +179,7 @@ def _gradients(loss_fn: LossFn, params: Any, batch: Any, micro_batches: int, mes
   def one(rows: Any) -> tuple[Any, tuple[Any, Any]]:
     def total(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
       loss, metrics = loss_fn(params, rows)
-      loss = _loss_mean(loss, metrics)
+      loss = loss_mean(loss, metrics)
       return loss.total, (loss, dict(metrics))
 
     grads, means = jax.grad(total, has_aux=True)(params)
@@ -247,7 +232,7 @@ def make_loss(loss_fn: LossFn) -> Callable[[Any, Any], dict[str, Any]]:
 
   def evaluate(params: Any, batch: Any) -> dict[str, Any]:
     loss, metrics = loss_fn(params, batch)
-    return {**metrics, "loss": _loss_mean(loss, metrics)}
+    return {**metrics, "loss": loss_mean(loss, metrics)}
 
   return jax.jit(evaluate)
 
@@ -263,158 +248,9 @@ def mean_values(batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
   return {name: total / max(weight, TINY) for name, (total, weight) in sums.items()}
 
 
-# Preference: the exact two-pass gradient --------------------------------------------------------------------
-
-
-class _Steps(NamedTuple):
-  """The steps of a padded batch, the wanted ones first, so that the others are never evaluated.
-
-    rows: tree of [2B * T, ...].   order: int32[2B * T].   count: int32[], how many are wanted.
-
-  A micro-batch takes the next wanted steps wherever they lie, and so its images travel between devices: a few
-  milliseconds, against devices that would wait until the one with the longest episodes is done.
-  """
-
-  rows: Any
-  order: jax.Array
-  count: jax.Array
-
-
-def _steps(rows: Any, wanted: jax.Array) -> _Steps:
-  """rows: tree of [2B, T, ...]. wanted: bool[2B, T]."""
-  flat = lambda x: x.reshape(-1, *x.shape[2:])
-  order = jnp.argsort(~flat(wanted), stable=True).astype(jnp.int32)
-  return _Steps(jax.tree.map(flat, rows), order, jnp.sum(wanted, dtype=jnp.int32))
-
-
-def _micro_batch(steps: _Steps, number: jax.Array, size: int, mesh: Mesh | None) -> tuple[Any, jax.Array, jax.Array]:
-  """Rows [size, ...] of one micro-batch, their index int32[size] and whether they are wanted bool[size].
-
-  Places behind the last wanted step repeat the first one: what lies in the padding is never looked at.
-  """
-  at = number * size + jnp.arange(size)
-  real = at < steps.count
-  index = jnp.where(real, steps.order[jnp.minimum(at, len(steps.order) - 1)], steps.order[0])
-
-  def take(x: jax.Array) -> jax.Array:
-    x = x[index]
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
-
-  return jax.tree.map(take, steps.rows), index, real
-
-
-def _trips(steps: _Steps, size: int) -> jax.Array:
-  return (steps.count + size - 1) // size
-
-
-def _forward(log_prob_fn: Any, params: Any, batch: Any, valid: jax.Array, size: int, mesh: Mesh | None) -> jax.Array:
-  """Pass 1, without gradient: float32[2B, T], log-prob of each valid step's action, 0 in the padding."""
-  steps = _steps(batch, valid)
-
-  def body(number: jax.Array, out: jax.Array) -> jax.Array:
-    (obs, tokens), index, real = _micro_batch(steps, number, size, mesh)
-    log_prob = jnp.sum(log_prob_fn(params, obs, tokens), axis=-1, dtype=jnp.float32)
-    return out.at[jnp.where(real, index, out.size)].set(log_prob, mode="drop")
-
-  out = jax.lax.fori_loop(0, _trips(steps, size), body, jnp.zeros(valid.size, jnp.float32))
-  return out.reshape(valid.shape)
-
-
-def _backward(log_prob_fn: Any, params: Any, batch: Any, cotangent: jax.Array, size: int, mesh: Mesh | None) -> Any:
-  """Pass 2: sum_t c_t grad log pi(a_t|o_t), float32, over the steps with c_t != 0."""
-  steps = _steps((*batch, cotangent), cotangent != 0)
-
-  def body(number: jax.Array, total: Any) -> Any:
-    (obs, tokens, c), _, real = _micro_batch(steps, number, size, mesh)
-    c = jnp.where(real, c, 0.0)
-    run = lambda params: jnp.sum(log_prob_fn(params, obs, tokens), axis=-1, dtype=jnp.float32)
-    (grads,) = jax.vjp(run, params)[1](c)
-    return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
-
-  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-  return jax.lax.fori_loop(0, _trips(steps, size), body, zeros)
-
-
-def _whole(
-  log_prob_fn: Any, params: Any, batch: Any, valid: jax.Array, size: int, mesh: Mesh | None
-) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
-  """What `_forward` returns, and `_backward` as a function of the cotangent, for steps that are one micro-batch."""
-  (obs, tokens), index, real = _micro_batch(_steps(batch, valid), jnp.int32(0), size, mesh)
-  run = lambda params: jnp.sum(log_prob_fn(params, obs, tokens), axis=-1, dtype=jnp.float32)
-  log_prob, pull_back = jax.vjp(run, params)
-
-  def gradient(cotangent: jax.Array) -> Any:
-    (grads,) = pull_back(jnp.where(real, cotangent.ravel()[index], 0.0))
-    return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-
-  out = jnp.zeros(valid.size, jnp.float32).at[jnp.where(real, index, valid.size)].set(log_prob, mode="drop")
-  return out.reshape(valid.shape), gradient
-
-
-def _check_micro_batch(micro_batch: int, mesh: Mesh | None) -> None:
-  """Every device gets the same share of a micro-batch."""
-  shards = sharding.batch_shards(mesh)
-  if micro_batch < 1 or micro_batch % shards:
-    raise ValueError(
-      f"micro_batch is {micro_batch} steps, which do not divide over {shards} devices (data x fsdp); "
-      f"make it a positive multiple of {shards}"
-    )
-
-
-def make_log_prob(
-  log_prob_fn: Callable[[Any, Any, Any], jax.Array], *, micro_batch: int, mesh: Mesh | None = None
-) -> Callable[[Any, Any, Any, Any], jax.Array]:
-  """Compiled (params, obs [2B, T, ...], tokens int32[2B, T, A], valid bool[2B, T]) -> float32[2B, T].
-
-  Reference log-probs, once per dataset: summed over the action's tokens, 0 where not valid.
-  """
-  _check_micro_batch(micro_batch, mesh)
-
-  def log_prob(params: Any, obs: Any, tokens: Any, valid: jax.Array) -> jax.Array:
-    with sharding.activations(mesh):
-      return _forward(log_prob_fn, params, (obs, tokens), valid, micro_batch, mesh)
-
-  return jax.jit(log_prob, compiler_options=sharding.compiler_options(mesh))
-
-
-def preference_gradient(
-  log_prob_fn: Callable[[Any, Any, Any], jax.Array],
-  kernel: Callable[[jax.Array, PreferenceBatch], tuple[Any, Mapping[str, Any]]],
-  params: Any,
-  batch: PreferenceBatch,
-  *,
-  micro_batch: int,
-  mesh: Mesh | None = None,
-) -> tuple[Any, jax.Array, Mapping[str, Any]]:
-  """(exact gradient, loss float32[], {name: Mean}) with the memory of one micro-batch of steps (see METHOD).
-
-  Where one micro-batch holds all steps its forward pass serves both passes, and is not computed again.
-
-  log_prob_fn: (params, obs [N, ...], tokens int32[N, A]) -> float32[N, A].
-  kernel: (log_ratio float32[2B, T], batch) -> (Mean, {name: Mean}); a kernel of losses/ does.
-  """
-  _check_micro_batch(micro_batch, mesh)
-  data, valid = (batch.obs, batch.tokens), batch.valid
-  if micro_batch >= valid.size:
-    log_prob, pull_back = _whole(log_prob_fn, params, data, valid, micro_batch, mesh)
-  else:
-    log_prob = _forward(log_prob_fn, params, data, valid, micro_batch, mesh)
-    pull_back = lambda c: _backward(log_prob_fn, params, data, c, micro_batch, mesh)
-  log_ratio = jnp.where(valid, log_prob - batch.ref_log_prob, 0.0)
-
-  def loss(log_ratio: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-    mean, metrics = kernel(log_ratio, batch)
-    value = _loss_mean(mean, metrics).value()
-    return value, (value, dict(metrics))
-
-  cotangent, (value, metrics) = jax.grad(loss, has_aux=True)(log_ratio)
-  cotangent = jnp.where(valid, cotangent, 0.0)
-  return pull_back(cotangent), value, metrics
-
-
 def make_preference_update(
-  log_prob_fn: Callable[[Any, Any, Any], jax.Array],
-  kernel: Callable[[jax.Array, PreferenceBatch], tuple[Any, Mapping[str, Any]]],
+  log_prob_fn: LogProbFn,
+  kernel: Kernel,
   tx: optax.GradientTransformation,
   *,
   micro_batch: int,
@@ -423,7 +259,7 @@ def make_preference_update(
   trainable: Trainable | None = None,
 ) -> Update:
   """(state, PreferenceBatch) -> (state, metrics), as `make_update`; see `preference_gradient` for the arguments."""
-  _check_micro_batch(micro_batch, mesh)
+  check_micro_batch(micro_batch, mesh)
 
   def update(state: TrainState, frozen: Any, batch: PreferenceBatch) -> tuple[TrainState, dict[str, jax.Array]]:
     whole = lambda params, obs, tokens: log_prob_fn(join(params, frozen), obs, tokens)

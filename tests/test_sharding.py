@@ -21,7 +21,7 @@ import small_model
 from jax.sharding import PartitionSpec as P
 from meshes import MESHES, mesh_of, quick_compile  # noqa: F401 - a fixture of every test here
 
-from stare_jax import checkpoint, policies, rollout, roofline_hlo, sharding, train
+from stare_jax import checkpoint, policies, rollout, roofline_hlo, sharding, train, train_preference
 from stare_jax.losses import ops, preference
 from stare_jax.policies import lora
 
@@ -168,6 +168,10 @@ def test_rows_that_do_not_divide_are_named(rng):
 # The update on a mesh --------------------------------------------------------------------------------------
 
 
+# Micro-batches of steps: two passes below 2 * 6, one from there on, and all 96 at once.
+PREFERENCE = {"two passes": 8, "preference": 16, "all pairs": 96}
+
+
 @functools.cache
 def on_one_device(kind):
   """Two updates without any mesh."""
@@ -177,10 +181,11 @@ def on_one_device(kind):
 def run(kind, mesh):
   """Two updates of SGD with step 1: (the sum of their gradients, metrics of each, update, state)."""
   rng = np.random.default_rng(7)
-  if kind == "preference":
+  if kind in PREFERENCE:
     batches = [small_model.pairs(rng, pairs=8, steps=6) for _ in range(2)]
+    where = dict(mesh=mesh, param_axes=small_model.PARAM_AXES)
     update = train.make_preference_update(
-      small_model.log_prob, stage_kernel, SGD, micro_batch=16, mesh=mesh, param_axes=small_model.PARAM_AXES
+      small_model.log_prob, stage_kernel, SGD, micro_batch=PREFERENCE[kind], **where
     )
   else:
     batches = [small_model.batch(rng) for _ in range(2)]
@@ -199,6 +204,7 @@ def run(kind, mesh):
 
 
 CASES = [(name, kind) for name in MESHES for kind in ("whole" if name == "data" else "cut", "preference")]
+CASES += [("mixed", kind) for kind in ("two passes", "all pairs")]
 
 
 @pytest.mark.parametrize("name, kind", CASES)
@@ -215,19 +221,19 @@ def test_every_mesh_gives_the_loss_and_gradient_of_one_device(name, kind):
 
 
 def test_update_on_a_mesh_is_in_place_and_keeps_rows_where_they_are():
-  """Every state buffer is aliased. Images do not travel, but for those of a micro-batch of steps of the two-pass."""
+  """Every state buffer is aliased. Images do not travel, but for those of a micro-batch of pairs."""
   mesh = mesh_of("data")
   rng = np.random.default_rng(0)
   state = train.init_state(small_model.init, jax.random.key(0), SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
   cut = train.make_update(small_model.loss_fn, SGD, mesh=mesh, param_axes=small_model.PARAM_AXES, micro_batches=3)
-  two_pass = train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=16, mesh=mesh)
-  for update, batch in ((cut, small_model.batch(rng)), (two_pass, small_model.pairs(rng, pairs=8, steps=6))):
+  pairs = train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=16, mesh=mesh)
+  for update, batch in ((cut, small_model.batch(rng)), (pairs, small_model.pairs(rng, pairs=8, steps=6))):
     text = update.lower(state, sharding.put(batch, mesh)).compile().as_text()
     aliased = text.split("input_output_alias=")[1].split("entry_computation_layout")[0].count("may-alias")
     assert aliased == len(jax.tree.leaves(state))
     assert "all-reduce" in inspecting.collectives(text)
     moved = re.findall(r"= \(?u8\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce|collective-permute)", text)
-    assert all(dims.split(",")[0] in ("2", "16") for dims in moved) and (update is two_pass or not moved), moved
+    assert all(dims.split(",")[0] in ("2", "16") for dims in moved) and (update is pairs or not moved), moved
 
 
 def test_the_compiler_is_told_what_the_chips_of_a_mesh_need(monkeypatch):
@@ -259,8 +265,8 @@ def test_uneven_padding_between_devices():
   batch = small_model.pairs(np.random.default_rng(3), steps=6)
   batch.valid[2:4], batch.valid[2:4, 0] = False, True
   batch.pairs["stage_id"][:] = np.where(batch.valid, batch.pairs["stage_id"], -1)
-  trips = train._trips(train._steps(batch.tokens, jnp.asarray(batch.valid)), 8)
-  assert int(trips) == -(-int(batch.valid.sum()) // 8)  # micro-batches are full, wherever the steps lie
+  steps = train_preference.in_order(batch.tokens, jnp.asarray(batch.valid), 8)
+  assert int(steps.trips) == -(-int(batch.valid.sum()) // 8)  # micro-batches are full, wherever the steps lie
   run = lambda mesh, batch: jax.jit(
     lambda p, b: train.preference_gradient(small_model.log_prob, stage_kernel, p, b, micro_batch=8, mesh=mesh)[0]
   )(sharding.replicate(parameters(), mesh), batch)

@@ -15,7 +15,6 @@ import pytest
 import small_model
 
 from stare_jax import sharding, train
-from stare_jax.losses import preference
 from stare_jax.losses.ops import Mean
 
 SGD = optax.sgd(1.0)
@@ -57,28 +56,6 @@ def sgd_gradient(loss_fn, batch, micro_batches):
   before = jax.device_get(fresh(SGD).params)
   after, metrics = sgd_update(loss_fn, micro_batches)(fresh(SGD), sharding.put(batch))
   return jax.tree.map(np.subtract, before, jax.device_get(after.params)), train.fetch(metrics, after.params)
-
-
-def stage_kernel(log_ratio, batch):
-  p = batch.pairs
-  return preference.stage_tpo(log_ratio, p["stage_id"], p["cost"], p["sign"], beta=0.7, cost_weight=0.3)
-
-
-@jax.jit
-def one_shot(params, batch):
-  """The preference loss and its gradient as they are written in the method: the whole batch at once."""
-
-  def loss(params):
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.obs, batch.tokens))
-    log_prob = jnp.sum(small_model.log_prob(params, *flat), axis=-1).reshape(batch.valid.shape)
-    return stage_kernel(jnp.where(batch.valid, log_prob - batch.ref_log_prob, 0.0), batch)[0]
-
-  return jax.value_and_grad(loss)(params)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def two_pass(params, batch, micro_batch, log_prob=small_model.log_prob):
-  return train.preference_gradient(log_prob, stage_kernel, params, batch, micro_batch=micro_batch)
 
 
 # Micro-batches ---------------------------------------------------------------------------------------------
@@ -355,16 +332,6 @@ def test_frozen_parameters_have_no_gradient_no_moments_and_no_copy(rng, micro_ba
   assert told["loss"] == pytest.approx(all_metrics["loss"]) and told["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_two_passes_with_frozen_parameters(rng):
-  pairs = sharding.put(small_model.pairs(rng))
-  update = train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=5, trainable=HEAD)
-  state, _ = update(train.new_state(jax.device_put(parameters()), SGD, trainable=HEAD), pairs)
-  expected = two_pass(parameters(), pairs, 5)[0]
-  moved = jax.tree.map(np.subtract, parameters(), jax.device_get(state.params))
-  chex.assert_trees_all_close(moved["head"], jax.device_get(expected)["head"], rtol=1e-4, atol=1e-6)
-  assert not any(np.any(x) for x in jax.tree.leaves((moved["embed"], moved["layers"])))
-
-
 def test_a_non_finite_gradient_is_named_among_what_is_trained(rng):
   def loss_fn(params, batch):
     loss, metrics = small_model.loss_fn(params, batch)
@@ -398,103 +365,3 @@ def test_validation_means_add_exactly(rng):
   whole = train.mean_values([evaluate(params, batch)])
   assert train.mean_values(uneven) == pytest.approx(whole, rel=1e-5)
   assert whole.keys() == {"loss", "nll", "value"}
-
-
-# Preference: two passes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("micro_batch", [1, 7, 1000])
-def test_two_passes_are_the_one_shot_gradient(rng, micro_batch):
-  batch, params = small_model.pairs(rng), parameters(2)
-  loss, expected = one_shot(params, batch)
-  grads, value, metrics = two_pass(params, batch, micro_batch)
-  chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
-  assert any(np.any(g) for g in jax.tree.leaves(expected))
-  assert float(value) == pytest.approx(float(loss), rel=1e-5)
-  assert set(metrics) >= {"loss", "margin", "accuracy"}
-
-
-@pytest.mark.parametrize("micro_batch", [7, 1000])
-def test_padded_steps_are_never_evaluated(rng, micro_batch):
-  """NaN observations, tokens out of range and NaN references in the padding: the same loss and gradient."""
-  batch, params = small_model.pairs(rng), parameters(2)
-  batch.obs["image"] = batch.obs["image"].astype(np.float32)
-  grads, value, _ = two_pass(params, batch, micro_batch)
-  dirty = jax.tree.map(np.copy, batch)
-  dirty.obs["image"][~batch.valid] = np.nan
-  dirty.tokens[~batch.valid] = 10**6
-  dirty.ref_log_prob[~batch.valid] = np.nan
-  grads_dirty, value_dirty, _ = two_pass(params, dirty, micro_batch)
-  chex.assert_trees_all_equal(grads, grads_dirty)
-  assert float(value) == float(value_dirty)
-
-
-def test_a_micro_batch_that_holds_all_steps_runs_forward_once(rng):
-  batch, calls = small_model.pairs(rng), []
-  log_prob = lambda *args: calls.append(args) or small_model.log_prob(*args)
-  for size, count in ((batch.valid.size, 1), (batch.valid.size - 1, 2)):
-    two_pass(parameters(), batch, size, log_prob)
-    assert len(calls) == count
-    calls.clear()
-
-
-def test_nothing_to_prefer_is_no_gradient(rng):
-  batch = small_model.pairs(rng)
-  batch.pairs["sign"][:] = 0
-  grads, loss, metrics = two_pass(parameters(), batch, 7)
-  assert float(loss) == float(metrics["margin"].value()) == 0.0
-  assert not any(np.any(g) for g in jax.tree.leaves(grads))
-
-
-def test_preference_update_learns_refuses_and_traces_once(rng):
-  batch = small_model.pairs(rng, pairs=6)
-  batch.pairs["sign"][batch.pairs["sign"] == 0] = 1
-  tx = ADAM()
-  update = train.make_preference_update(small_model.log_prob, stage_kernel, tx, micro_batch=16)
-  state, losses = fresh(tx), []
-  for _ in range(15):
-    state, metrics = update(state, sharding.put(batch))
-    losses.append(train.fetch(metrics, state.params)["loss"])
-  assert losses[-1] < 0.7 * losses[0]
-  batch.ref_log_prob[0, 0] = np.nan
-  before = jax.device_get(state)
-  state, metrics = update(state, sharding.put(batch))
-  chex.assert_trees_all_equal(before, jax.device_get(state))
-  with pytest.raises(train.NonFiniteError, match="loss terms not finite: .*loss = nan"):
-    train.fetch(metrics, state.params)
-  assert update.traces == 1
-
-
-def test_preference_memory_is_that_of_a_micro_batch():
-  """Temporary memory of the compiled update hardly grows while trajectories get 16 times longer."""
-
-  def wide(params, obs, tokens):  # 64 KiB of activations per step, which one pass over all steps would keep
-    x = jnp.tanh(small_model.hidden(params, obs)[:, None, :] * jnp.linspace(0.5, 2, 1024)[:, None])
-    return small_model.log_prob(params, obs, tokens) + 1e-3 * jnp.sum(jnp.sin(x * x), axis=(1, 2))[:, None]
-
-  tx = SGD
-  update = train.make_preference_update(wide, stage_kernel, tx, micro_batch=8)
-  temporary = []
-  for steps in (8, 128):
-    batch = sharding.put(small_model.pairs(np.random.default_rng(0), pairs=2, steps=steps))
-    temporary.append(update.lower(fresh(tx), batch).compile().memory_analysis().temp_size_in_bytes)
-  whole = jax.jit(lambda p, b: train.preference_gradient(wide, stage_kernel, p, b, micro_batch=512)[0])
-  at_once = whole.lower(fresh(tx).params, batch).compile().memory_analysis().temp_size_in_bytes
-  assert temporary[1] < 1.3 * temporary[0], temporary
-  assert at_once > 10 * temporary[1], (at_once, temporary)
-
-
-def test_reference_log_probs_are_those_of_the_first_pass(rng):
-  batch, params = small_model.pairs(rng), parameters()
-  compute = train.make_log_prob(small_model.log_prob, micro_batch=7)
-  out = compute(params, batch.obs, batch.tokens, batch.valid)
-  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch.obs, batch.tokens))
-  expected = jnp.sum(small_model.log_prob(params, *flat), axis=-1).reshape(batch.valid.shape)
-  np.testing.assert_allclose(out, np.where(batch.valid, expected, 0.0), rtol=1e-5, atol=1e-6)
-  _, _, metrics = two_pass(params, batch._replace(ref_log_prob=np.asarray(out)), 7)
-  assert float(metrics["chosen"].value()) == pytest.approx(0, abs=1e-6)  # its own reference: all ratios are one
-
-
-def test_micro_batch_must_be_positive():
-  with pytest.raises(ValueError, match="micro_batch is 0 steps"):
-    train.make_preference_update(small_model.log_prob, stage_kernel, ADAM(), micro_batch=0)

@@ -7,7 +7,8 @@ well as to a pair, because one episode may reach sooner and the other place bett
 Axes: B pairs, E = 2B episodes, T steps, K stages.
 
 The kernels see the parameters only through `log_ratio`, so their gradient is sum_et c[e,t] grad log pi(a_et|o_et) with
-c = d loss / d log_ratio: `train.make_preference_update` adds it up in micro-batches of steps.
+c = d loss / d log_ratio: `train.make_preference_update` adds it up in micro-batches. It relies on two things: a term
+compares the two episodes of one pair, and the weight of a mean is data.
 """
 
 from __future__ import annotations
