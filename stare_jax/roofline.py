@@ -18,8 +18,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 from stare_jax import sharding
 
 GIB, GB = 2**30, 1e9
-# What a compiled update takes beside the activations that it keeps, in units of those that remat "block" would keep. With
-# it the plan meets the TPU programs of docs/scaling.md within 5 %; two programs on an H100 took 5 to 7 GiB less.
+# What a compiled update takes beside the activations that it keeps, in units of those that remat "block" would keep.
+# With it the plan meets the TPU programs of docs/scaling.md within 5 %; two programs on an H100 took 5 to 7 GiB less.
 AT_WORK = 1.2
 
 
