@@ -75,7 +75,8 @@ def share(threads: int, sides: Sequence[str]) -> int:
   os.sched_setaffinity(0, cores)
   os.environ["OMP_NUM_THREADS"] = str(len(cores))
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if "torch" in sides else "true")
-  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+  if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its other name: JAX takes one of the two
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
   return len(cores)
 
 

@@ -17,9 +17,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Of the GPU's memory for the learner; JAX's own share is three quarters, which is too little for 7B on 80 GB. A simulator
 # that draws on the same GPU needs the rest.
-: "${XLA_PYTHON_CLIENT_MEM_FRACTION:=0.92}"
+if [[ "$CONFIG" == *7b* && -z "${XLA_CLIENT_MEM_FRACTION:-}" ]]; then
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+fi
 
-export STARE_ACCELERATOR CUDA_VISIBLE_DEVICES XLA_PYTHON_CLIENT_MEM_FRACTION
+export STARE_ACCELERATOR CUDA_VISIBLE_DEVICES
 bash launch/setup.sh
 
 exec .venv/bin/python -m stare_jax.main --config="$CONFIG" ${WORKDIR:+--workdir="$WORKDIR"} "$@"

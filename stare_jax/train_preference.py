@@ -173,7 +173,7 @@ def _micro_batch(
 ) -> tuple[Any, jax.Array, jax.Array]:
   """Rows [N = size, ...] of one micro-batch, their index int32[N] and whether they are wanted bool[N].
 
-  Places behind the last wanted step repeat a wanted one: what lies in the padding is never looked at.
+  Places behind the last wanted step repeat a wanted one, where there is any: what lies in the padding is not looked at.
   """
   at = steps.start[number] + jnp.arange(size, dtype=jnp.int32)
   real = at < steps.start[number + 1]

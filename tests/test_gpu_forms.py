@@ -70,6 +70,8 @@ def test_act_with_layers_apart_is_act(adapted, monkeypatch):
 def test_attention_is_fused_only_where_it_can_be(monkeypatch):
   assert not nn.fuses("auto", jnp.bfloat16)  # these tests run on a CPU
   monkeypatch.setattr(nn, "on_nvidia", lambda: True)
+  assert not nn.fuses("auto", jnp.bfloat16)  # a card too old for the kernel
+  monkeypatch.setattr(nn, "_capability", lambda: 9.0)
   assert nn.fuses("auto", jnp.bfloat16)
   assert not nn.fuses("plain", jnp.bfloat16) and not nn.fuses("auto", jnp.float32)
   with pytest.raises(ValueError, match='attention is "flash": expected "auto" or "plain"'):

@@ -315,8 +315,8 @@ def test_adapters_go_only_with_the_base_that_they_were_trained_on(folder, tmp_pa
 
 # What a run chooses ----------------------------------------------------------------------------------------
 
-CHOSEN = dict(prompt_length=96, param_dtype="float32", compute_dtype="float16", remat="attention", resize="lanczos3",
-              center_crop=True, faithful=True)  # fmt: skip
+CHOSEN = dict(prompt_length=96, param_dtype="float32", compute_dtype="float16", remat="attention", attention="plain",
+              resize="lanczos3", center_crop=True, faithful=True)  # fmt: skip
 
 
 def from_flags(root: pathlib.Path, preset: str, folder: pathlib.Path, *flags: str) -> ml_collections.ConfigDict:
@@ -339,7 +339,8 @@ def test_every_open_field_of_the_policy_is_chosen_on_the_command_line(folder, ro
   config = pipeline_policy.make_policy(from_flags(root, preset, folder, *flags), stats).config
   assert {name: getattr(config, name) for name in CHOSEN} == CHOSEN
   # What is not chosen is the folder's or the preset's, and no part of what a run is known by.
-  own = {"remat": "block"} | (dict(param_dtype="float32", compute_dtype="bfloat16") if preset == "openvla_7b" else {})
+  full = {"remat": "block", "param_dtype": "float32", "compute_dtype": "bfloat16"}
+  own = full if preset == "openvla_7b" else {"remat": "products"}
   config = from_flags(root, preset, folder)
   assert config.policy.options.to_dict() == own
   made = pipeline_policy.make_policy(config, stats).config

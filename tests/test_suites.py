@@ -299,7 +299,8 @@ def equal(a, b):
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("name", ["in_distribution", "camera_shift", "object_colour", "foreground_texture"])
+@pytest.mark.parametrize("name", ["in_distribution", "camera_shift", "object_colour", "foreground_texture",
+                                  "table_texture", "lighting", "distractor"])  # fmt: skip
 def test_drawing_and_moving_at_once_changes_no_byte(real, name):
   """Two environments of one process asked together, where one moves while the other is drawn, and one by one."""
   task, sim = real

@@ -143,9 +143,10 @@ def attention(
     q: [N, H, Q, E].
     parts: keys and values [N, H, S_i, E]; attended to as if concatenated, without copying a cache to do so.
     seen: bool[N, 1, Q, sum of S_i], which keys a query may look at; None is all.
-    fused: in one kernel that keeps no scores, where there is one part and several queries (`fuses`).
+    fused: in one kernel that keeps no scores (`fuses`), where there is one part, several queries and one device: what
+      a mesh makes of that kernel has not been seen.
   """
-  if fused and len(parts) == 1 and q.shape[2] > 1:
+  if fused and len(parts) == 1 and q.shape[2] > 1 and q.shape[-1] % 8 == 0 and not sharding.spread():
     out = fused_attention(q, *parts[0], seen)
   else:
     out = plain_attention(q, parts, seen)
@@ -175,7 +176,7 @@ def fused_attention(
 ) -> jax.Array:
   """`attention` by cuDNN's flash kernel -> [N, Q, H, E]: scores never reach memory, forward or backward.
 
-  It differentiates even lengths only, so an odd one gets a position more that nobody sees.
+  JAX 0.11 differentiates it for even lengths only, so an odd one gets a position more that nobody sees.
 
     kernel: "xla" computes the same without cuDNN, for tests.
   """
@@ -199,8 +200,16 @@ def on_nvidia() -> bool:
 
 
 def fuses(how: str, dtype: Any) -> bool:
-  """Whether `attention` runs in cuDNN's kernel. how: "auto" where it can (bfloat16 on an NVIDIA GPU), "plain" never."""
-  return how == "auto" and jnp.dtype(dtype) == jnp.bfloat16 and on_nvidia()
+  """Whether `attention` may run in cuDNN's kernel.
+
+  how: "auto" where there is one (bfloat16 on an NVIDIA GPU from Ampere on), "plain" never.
+  """
+  return how == "auto" and jnp.dtype(dtype) == jnp.bfloat16 and on_nvidia() and _capability() >= 8.0
+
+
+def _capability() -> float:
+  """Of the GPU: 8.0 is Ampere, 9.0 Hopper."""
+  return float(getattr(jax.devices()[0], "compute_capability", 0.0))
 
 
 def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
