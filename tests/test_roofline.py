@@ -286,7 +286,7 @@ def needed(config, chips: int) -> float:
 
 @pytest.mark.parametrize("rows, summed, gib", [
   (16, False, 14.2), (32, False, 20.0), (32, False, 19.3), (32, True, 22.8), (8, True, 14.7), (16, True, 17.7),
-  (32, True, 23.7), (50, True, 28.9), (32, True, 23.1),
+  (32, True, 23.5), (50, True, 28.9), (32, True, 23.1),
 ])  # fmt: skip
 def test_memory_plan_against_the_programs_compiled_for_tpus(rows, summed, gib):
   """SFT and StA-TPO of docs/scaling.md, fsdp=16."""
