@@ -116,6 +116,11 @@ def rates(found: Mapping[int, Mapping], key: str) -> dict[int, float]:
   return {seed: evaluation[key]["rate"] for seed, evaluation in found.items()}
 
 
+def completed(found: Mapping[int, Mapping], k: int) -> dict[int, float]:
+  """Of all episodes of each seed, how many completed stage k."""
+  return {seed: evaluation["stages"][k]["marginal"]["rate"] for seed, evaluation in found.items()}
+
+
 def stage_rates(found: Mapping[int, Mapping]) -> dict[str, Estimate | None]:
   """{"P(k | k-1)": estimate} of the conditional completion; a seed in which the stage was never reached is left out."""
   names = [stage["name"] for stage in next(iter(found.values()))["stages"]]
@@ -155,6 +160,7 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
   """[(title, header, rows)] of one task."""
   any_of = next(iter(next(iter(found.values())).values()))
   stages = list(stage_rates(next(iter(found.values()))))
+  inner = [stage["name"] for stage in any_of["stages"][:-1]]  # the last one's end is success
   main, differences = [], []
   for method, by_seed in found.items():
     once, end = (estimate(list(rates(by_seed, key).values())) for key in ("success_once", "success_at_end"))
@@ -167,6 +173,7 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
   for a, b in pairs:
     if a in found and b in found:
       changes = [difference(rates(found[a], key), rates(found[b], key)) for key in ("success_once", "success_at_end")]
+      changes += [difference(completed(found[a], k), completed(found[b], k)) for k in range(len(inner))]
       differences.append((f"{b} − {a}", *(text(change, each=True, signed=True) for change in changes)))
   header = ("method", "seeds", "environment steps", "success once, % (each seed)", "all episodes", "at end, %",
             *(f"{stage}, %" for stage in stages))  # fmt: skip
@@ -175,8 +182,8 @@ def tables(task: str, found: Mapping[str, Mapping[int, Mapping]], compare: Seque
   title = f"{task}: {any_of['episodes']} episodes{of} a seed, temperature {any_of['temperature']:g}"
   return [
     (title, header, main),
-    (f"{task}: differences, paired by seed", ("", "success once, points (each seed)", "at end, points (each seed)"),
-     differences),
+    (f"{task}: differences in points (each seed), paired by seed",
+     ("", "success once", "at end", *(f"{name} completed" for name in inner)), differences),
   ]  # fmt: skip
 
 

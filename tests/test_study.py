@@ -305,6 +305,22 @@ def test_a_seed_that_never_reached_a_stage_says_nothing_of_it():
   assert found["P(Reach)"].values == (1.0, 0.0, 0.5) and found["P(Place | Reach)"].values == (0.25, 0.5)
 
 
+def test_differences_tell_in_which_stage_they_are():
+  """Of all episodes, paired by seed; the last stage is success itself."""
+
+  def evaluation(reach, success):
+    count = lambda n: {"count": n, "n": 10, "rate": n / 10}
+    both = {"Reach": count(reach), "Push": count(success)}
+    return dict(episodes=10, temperature=1.0, env_steps=0, success_once=count(success), success_at_end=count(0),
+                stages=[{"name": name, "marginal": n, "conditional": n} for name, n in both.items()])  # fmt: skip
+
+  found = {"sft": {0: evaluation(5, 2), 1: evaluation(6, 2)}, "sta_tpo": {0: evaluation(8, 3), 1: evaluation(9, 1)}}
+  _, (_, header, (row,)) = study_report.tables("push_cube", found, [])
+  assert header[1:] == ("success once", "at end", "Reach completed")
+  assert row[0] == "sta_tpo − sft" and row[-1] == "+30.0 [+30.0, +30.0] (+30.0, +30.0)"
+  assert row[1].endswith("(+10.0, -10.0)")
+
+
 def test_results_are_written_from_what_is_there(tmp_path, quick):
   cells = made_cells(tmp_path, {"a": "4", "b": "6"}, seeds=(0, 1, 2))
   assert {path.name for path in study_report.write(tmp_path, CONFIG, cells)} == {"results.md", "results.html"}
