@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stare_jax import sims, stages, tasks
 from stare_jax.episode import unpack_signals
@@ -21,6 +23,7 @@ from stare_jax.tasks.bridge import STEP, TURN, WidowX, pointing_down
 from tests.test_tasks import BRIDGE, quaternion, state
 
 JITTER = (0.015, 0.35, 0.01)
+LANCZOS = Image.Resampling.LANCZOS
 
 
 # ---- starts
@@ -232,16 +235,21 @@ def test_the_shorter_shader_draws_the_same_pixels(name):
     np.testing.assert_array_equal(ours.signals, minimal.signals)
 
 
-@pytest.mark.parametrize("height, width, size", [(480, 640, 224), (96, 96, 48)])
-def test_only_rows_that_changed_are_resized(rng, height, width, size):
+@pytest.mark.parametrize("height, width, size", [(480, 640, 224), (480, 640, 299), (480, 640, 512), (96, 96, 48)])
+def test_a_part_is_resized_as_in_the_whole_frame(rng, height, width, size):
   draw = lambda: rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-  scene = types.SimpleNamespace(_image_size=size, _narrow=(None, None))
+  scene = types.SimpleNamespace(_image_size=size, _resized=(None, None))
+  rows = [slice(0, 0), slice(0, height // 2), slice(height - 1, height), slice(None)]
+  columns = [slice(0, 3), slice(width // 2, width // 2 + 9), slice(width - 4, width), slice(None)]
   for _ in range(2):  # two photographs
     scene._background = draw()
-    for drawn in (slice(0, 0), slice(0, height // 2, 3), slice(height - 1, height), slice(None)):
+    for part in itertools.product(rows, columns):
       scene._mask, frame = np.zeros((height, width), np.uint8), scene._background.copy()
-      scene._mask[drawn, 5:9], frame[drawn, 5:9] = 255, draw()[drawn, 5:9]
-      np.testing.assert_array_equal(bridge.Bridge._resized(scene, frame), bridge.resized(frame, size))
+      scene._mask[part], frame[part] = 255, draw()[part]
+      scene._composed = lambda frame=frame: frame
+      whole = Image.fromarray(frame).resize((size, height), LANCZOS).resize((size, size), LANCZOS)
+      np.testing.assert_array_equal(bridge.resized(frame, size), whole)
+      np.testing.assert_array_equal(bridge.Bridge._picture(scene), whole)
 
 
 def test_pixels_of_some_entities(rng):
@@ -258,6 +266,36 @@ def test_missing_assets_name_the_command(tmp_path, monkeypatch):
   monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
   with pytest.raises(sims.SimulatorError, match=r"download_asset bridge_v2_real2sim -y\n.*download_asset widowx250s"):
     sims.make(task=tasks.get("put_spoon_on_towel"), num_envs=1, num_workers=1, image_size=32)
+
+
+TARGETS = """
+import sys, numpy as np
+from stare_jax import sims, tasks
+from stare_jax.sims import maniskill
+name, large = sys.argv[1], np.float32([0.05] * 3 + [3] * 3 + [1])  # any rotation: any part of a quaternion is largest
+env = maniskill.make(**sims.spec(tasks.get(name), 64), draw=False)
+arm, joints = env._arm, env._robot.get_active_joints()
+def play(arm, seed):
+  env._arm = arm
+  env.reset(seed)
+  rng, rows = np.random.default_rng(seed), []
+  for _ in range(30):
+    env.step(rng.uniform(-1, 1, 7).astype(np.float32) * (large if seed % 2 else np.float32(tasks.get(name).unit)))
+    rows.append(np.concatenate([*(joint.get_drive_target() for joint in joints), env._state()]))
+  return np.stack(rows)
+for seed in range(4):
+  np.testing.assert_array_equal(play(arm, seed), play(None, seed))
+assert np.ptp(play(arm, 1), axis=0).max() > 0.1, "nothing moved"
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["put_carrot_on_plate", "pick_cube"])  # one moves its last target, one its hand
+def test_joint_targets_are_those_of_maniskills_controller(name):
+  """To the bit, over four episodes in one environment, two of them with actions far outside the usual."""
+  done = subprocess.run([sys.executable, "-c", TARGETS, name], timeout=300, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
 
 
 STOCK = """

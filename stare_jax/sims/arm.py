@@ -1,4 +1,4 @@
-"""The table-top arm's controller in numpy: the joint targets of an action. Runs in the worker."""
+"""The controllers of the arms in numpy: the joint targets of an action. Runs in the worker."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import numpy as np
 
 
 class Arm:
-  """ManiSkill's `PDEEPoseController` for pd_ee_delta_pose on one CPU environment, without its hundred tiny tensors.
+  """ManiSkill's `PDEEPoseController` with delta poses on one CPU environment, without its hundred tiny tensors.
 
-  The same operations in the same order and precision (float32), so that the joint targets are the same bits: where a
-  library's own rounding matters (sine, norm, matrix product) it is torch that computes. A test compares the two.
+  That of the table-top arm, which moves the hand from where it is, and SimplerEnv's, which moves its last target. The
+  same operations in the same order and precision (float32), so that the joint targets are the same bits: where a
+  library's own rounding matters (sine, norm, matrix product) it is torch that computes. Tests compare the two.
   """
 
   def __init__(self, controller: Any):
     config, kinematics = controller.config, controller.kinematics
-    low, high = (limit[:3].numpy() for limit in (controller.action_space_low, controller.action_space_high))
-    self._offset, self._range = np.float32(0.5) * (high + low), np.float32(0.5) * (high - low)
-    self._turn = np.float32(config.rot_lower)
+    self._controller, self._from_target, self._scaled = controller, config.use_target, config.normalize_action
+    if self._scaled:
+      low, high = (limit[:3].numpy() for limit in (controller.action_space_low, controller.action_space_high))
+      self._offset, self._range = np.float32(0.5) * (high + low), np.float32(0.5) * (high - low)
+      self._turn = np.float32(config.rot_lower)
     self._robot = controller.articulation._objs[0]
     self._root, self._hand = controller.root_link._objs[0], controller.ee_link._objs[0]
     self._joints = [joint._objs[0] for joint in controller.joints]
@@ -30,39 +33,54 @@ class Arm:
 
   @classmethod
   def of(cls, controller: Any) -> Arm | None:
-    """An `Arm` for exactly the configuration that it copies; None for any other controller."""
+    """An `Arm` for exactly the configurations that it copies; None for any other controller."""
     from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseController
 
     if type(controller) is not PDEEPoseController:
       return None
     config = controller.config
     copied = (
-      config.use_delta
-      and not config.use_target
-      and not config.interpolate
-      and config.normalize_action
-      and config.frame == "root_translation:root_aligned_body_rotation"
-      and abs(config.rot_lower) < 1.0  # the quaternion's real part is its largest
+      config.use_delta and not config.interpolate and config.frame == "root_translation:root_aligned_body_rotation"
     )
     return cls(controller) if copied else None
 
   def set_action(self, action: np.ndarray) -> None:
-    """float32[6] in [-1, 1]: moves the joint targets to where the hand is displaced and turned so."""
+    """Moves the joint targets to where the hand is displaced and turned by float32[6] in the controller's units.
+
+    Raises:
+      ValueError: a part of the action is not a number.
+    """
     import sapien
 
     if np.isnan(action).any():
       raise ValueError(f"action cannot be NaN: {action}")
-    position, turn = self._hand_at_base()
-    position = position + (self._offset + self._range * np.clip(action[:3], np.float32(-1), np.float32(1)))
-    turn = _multiply(self._delta(action[3:]), turn)
+    shift, angles = self._scale(action) if self._scaled else (action[:3], action[3:])
+    position, turn = self._last_target() if self._from_target else self._hand_at_base()
+    position, turn = position + shift, _standard(_multiply(_rotation(angles), turn))
+    if self._from_target:  # the controller keeps it, and sets it at every reset
+      self._controller._target_pose.raw_pose[0] = _torch().from_numpy(np.concatenate([position, turn]))
     qpos = self._robot.get_qpos()
-    pose = sapien.Pose(position, _standard(turn))
     result, success, _ = self._solve(
-      self._link, pose, initial_qpos=qpos[self._ordered], active_qmask=self._mask, max_iterations=100
-    )
+      self._link, sapien.Pose(position, turn), initial_qpos=qpos[self._ordered], active_qmask=self._mask,
+      max_iterations=100,
+    )  # fmt: skip
     targets = result[self._controlled].astype(np.float32) if success else qpos[self._own]
     for joint, target in zip(self._joints, targets, strict=True):
       joint.set_drive_target(target)
+
+  def _scale(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Metres float32[3], each clipped, and radians float32[3], their norm clipped, of an action in [-1, 1]."""
+    shift = self._offset + self._range * np.clip(action[:3], np.float32(-1), np.float32(1))
+    angles = action[3:]
+    norm = _torch().linalg.norm(_torch().from_numpy(angles)[None], axis=1).numpy()[0]
+    if norm > 1:
+      angles = angles * (np.float32(1) / norm)
+    return shift, angles * self._turn
+
+  def _last_target(self) -> tuple[np.ndarray, np.ndarray]:
+    """In the frame of the root: position float32[3], quaternion float32[4] wxyz."""
+    pose = self._controller._target_pose.raw_pose[0].numpy()
+    return pose[:3], pose[3:]
 
   def _hand_at_base(self) -> tuple[np.ndarray, np.ndarray]:
     """root^-1 * hand: position float32[3], quaternion float32[4] wxyz."""
@@ -71,23 +89,36 @@ class Arm:
     origin = _rotate(inverse, -root.p)
     return origin + _rotate(inverse, hand.p), _standard(_multiply(inverse, hand.q))
 
-  def _delta(self, rotation: np.ndarray) -> np.ndarray:
-    """float32[4]: the quaternion of an action's rotation (Euler angles XYZ after clipping its norm to 1)."""
-    import torch
 
-    norm = torch.linalg.norm(torch.from_numpy(rotation)[None], axis=1).numpy()[0]
-    if norm > 1:
-      rotation = rotation * (np.float32(1) / norm)
-    angles = torch.from_numpy(rotation * self._turn)
-    (cx, cy, cz), (sx, sy, sz) = torch.cos(angles).numpy(), torch.sin(angles).numpy()
-    x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]], np.float32)
-    y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]], np.float32)
-    z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]], np.float32)
-    x, y, z = (torch.from_numpy(matrix)[None] for matrix in (x, y, z))
-    m = torch.matmul(torch.matmul(x, y), z)[0].numpy()
-    real = np.sqrt(np.float32(1) + m[0, 0] + m[1, 1] + m[2, 2])
-    quaternion = np.array([real * real, m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]], np.float32)
-    return quaternion / (np.float32(2) * real)
+def _torch() -> Any:
+  import torch
+
+  return torch
+
+
+def _rotation(angles: np.ndarray) -> np.ndarray:
+  """float32[4]: the quaternion of Euler angles XYZ, float32[3] in radians."""
+  torch = _torch()
+  angles = torch.from_numpy(angles)
+  (cx, cy, cz), (sx, sy, sz) = torch.cos(angles).numpy(), torch.sin(angles).numpy()
+  x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]], np.float32)
+  y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]], np.float32)
+  z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]], np.float32)
+  x, y, z = (torch.from_numpy(matrix)[None] for matrix in (x, y, z))
+  return _quaternion(torch.matmul(torch.matmul(x, y), z)[0].numpy())
+
+
+def _quaternion(m: np.ndarray) -> np.ndarray:
+  """float32[4] of a rotation matrix, worked out from its largest component."""
+  one, (a, b, c) = np.float32(1), np.diagonal(m)
+  sizes = np.array([one + a + b + c, one + a - b - c, one - a + b - c, one - a - b + c], np.float32)
+  i = int(np.argmax(sizes))
+  twice = np.sqrt(sizes[i])  # the component
+  square = twice * twice
+  x, y, z = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
+  xy, xz, yz = m[1, 0] + m[0, 1], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1]
+  rows = ([square, x, y, z], [x, square, xy, xz], [y, xy, square, yz], [z, xz, yz, square])
+  return _standard(np.array(rows[i], np.float32) / (np.float32(2) * twice))
 
 
 def _conjugate(q: np.ndarray) -> np.ndarray:

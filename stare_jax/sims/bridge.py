@@ -7,6 +7,8 @@ table ("green screen"). An episode's seed decodes to its whole start state, see 
 
 from __future__ import annotations
 
+import fractions
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -149,21 +151,22 @@ class Bridge(ManiSkill):
     return *super()._needed(), label_layer(self._camera)
 
   def _picture(self) -> np.ndarray:
-    return self._resized(self._composed())
+    """As `resized` makes it of the whole frame: here of the part that shows more than the background.
 
-  _narrow: tuple[Any, np.ndarray | None] = None, None  # a background, and what Lanczos makes of its rows
-
-  def _resized(self, frame: np.ndarray) -> np.ndarray:
-    """`resized`, which works on the rows first, each by itself: here only on those that show more than the background.
-
-    That is up to half of what it takes, where it is the largest part of a picture beside the drawing.
+    Resizing is the largest part of a picture beside the drawing.
     """
-    if self._narrow[0] is not self._background:
-      self._narrow = self._background, _along_rows(self._background, self._image_size)
-    narrow, rows = self._narrow[1].copy(), self._mask.any(axis=1)
-    if rows.any():
-      narrow[rows] = _along_rows(frame[rows], self._image_size)
-    return resized(narrow, self._image_size)
+    import cv2
+
+    frame, size = self._composed(), self._image_size
+    if self._resized[0] is not self._background:
+      self._resized = self._background, resized(self._background, size)
+    picture, (x, y, width, height) = self._resized[1].copy(), cv2.boundingRect(self._mask)
+    if width and height:
+      part = seen_from(y, y + height, len(frame), size), seen_from(x, x + width, frame.shape[1], size)
+      picture[part] = resized(frame, size, part)
+    return picture
+
+  _resized: tuple[Any, np.ndarray | None] = None, None  # a background, and how the policy sees it
 
   def _composed(self) -> np.ndarray:
     """uint8[H, W, 3]: the robot and the objects before the photograph, in the size of the frame."""
@@ -252,17 +255,40 @@ def _photograph(path: str, frame: tuple[int, int]) -> np.ndarray:
   return cv2.resize(image, frame, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
 
 
-def resized(frame: np.ndarray, size: int) -> np.ndarray:
-  """uint8[size, size, 3]: Lanczos over three lobes with antialiasing, ignoring the aspect ratio."""
-  return _lanczos(frame, size, size)
+_LOBES = 3  # of the Lanczos filter, to either side
 
 
-def _along_rows(frame: np.ndarray, width: int) -> np.ndarray:
-  """uint8[H, width, 3]: the first of the two passes of `resized`."""
-  return _lanczos(frame, width, len(frame))
+def resized(frame: np.ndarray, size: int, part: tuple[slice, slice] | None = None) -> np.ndarray:
+  """uint8[size, size, 3]: Lanczos over three lobes with antialiasing, ignoring the aspect ratio.
+
+  Every row by itself first, then every column: Pillow 13 chooses by the shape, and a part has another than the whole.
+
+  Args:
+    part: rows and columns of the result that alone are worked out, each as `seen_from` gives them.
+  """
+  rows, columns = part or (slice(0, size), slice(0, size))
+  edges = lambda seen, length: (seen.start * length // size, seen.stop * length // size)
+  (height, width), (h, w) = frame.shape[:2], (rows.stop - rows.start, columns.stop - columns.start)
+  (top, bottom), (left, right) = edges(rows, height), edges(columns, width)
+  reach = math.ceil(_LOBES * max(height / size, 1)) + 1
+  first = max(top - reach, 0)
+  frame = frame[first : bottom + reach]
+  narrow = _lanczos(frame, (w, len(frame)), (left, 0, right, len(frame)))
+  return _lanczos(narrow, (w, h), (0, top - first, w, bottom - first))
 
 
-def _lanczos(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+def seen_from(first: int, last: int, length: int, size: int) -> slice:
+  """Where pixels `first` to `last` of `length` are seen when these are resized to `size`.
+
+  It begins and ends between two pixels of both: a part is then the same sum of the same pixels as in the whole.
+  """
+  ratio = fractions.Fraction(length, size)
+  reach, whole = math.ceil(_LOBES / min(ratio, 1)) + 1, ratio.denominator
+  start, stop = (first / ratio - reach) / whole, (last / ratio + reach) / whole
+  return slice(max(math.floor(start) * whole, 0), min(math.ceil(stop) * whole, size))
+
+
+def _lanczos(frame: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
   from PIL import Image
 
-  return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
+  return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, box))

@@ -299,7 +299,7 @@ class ManiSkill:
   def _signals(self) -> np.ndarray:
     """float32[S] in the order of `episode.SIGNALS`."""
     body, robot = self._body, self._robot
-    self._contacts = self._env.scene.px.get_contacts()
+    self._contacts = self._touching()
     values = dict(
       tcp_pose=_pose(self._tcp),
       object_pose=_pose(body.entity),
@@ -320,18 +320,21 @@ class ManiSkill:
     return self._actor(self._goal_name).raw_pose[0].numpy()  # a pose that the environment works out when asked
 
   def _force(self, first: Any, second: Any) -> np.ndarray:
-    """float64[3], newtons, world frame: the contact force of `second` on `first`."""
-    contacts = self._env.scene.px.get_contacts() if self._contacts is None else self._contacts
+    """float64[3], newtons, world frame: the contact force of `second` on `first`, a finger."""
     total = np.zeros(3)
-    for contact in contacts:
-      a, b = contact.bodies[0].entity, contact.bodies[1].entity
+    for a, b, contact in self._touching() if self._contacts is None else self._contacts:
       if a == first and b == second:
         total += sum(point.impulse for point in contact.points)
       elif a == second and b == first:
         total -= sum(point.impulse for point in contact.points)
     return total / self._env.scene.px.timestep
 
-  _contacts: list[Any] | None = None
+  _contacts: list[tuple[Any, Any, Any]] | None = None  # what `_touching` says, while one state's signals are collected
+
+  def _touching(self) -> list[tuple[Any, Any, Any]]:
+    """The contacts of the fingers, each after its two entities. A scene may have a hundred others."""
+    found = [(*(body.entity for body in contact.bodies), contact) for contact in self._env.scene.px.get_contacts()]
+    return [(a, b, contact) for a, b, contact in found if a in self._fingers or b in self._fingers]
 
   def _is_grasping(self, actor: Any, min_force: float = _GRASP_FORCE, max_angle: float = _GRASP_ANGLE) -> Any:
     """ManiSkill's `Panda.is_grasping`: both fingers press, each along its opening direction. bool[1]."""
