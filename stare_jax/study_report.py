@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -218,9 +219,9 @@ def page(sections: Sequence[tuple], lines: Mapping[str, Mapping[str, Curve]], mi
   body = []
   for title, header, rows in sections:
     head = "".join(f'<th scope="col">{esc(cell)}</th>' for cell in header)
-    cells = "".join(f'<tr><th scope="row">{esc(row[0])}</th>' + "".join(f"<td>{esc(x)}</td>" for x in row[1:]) + "</tr>"
-                    for row in rows)  # fmt: skip
-    body.append(f'<section><h2>{esc(title)}</h2><div class="card figures" style="overflow-x:auto"><table class="plain">'
+    cells = "".join(f'<tr><th scope="row">{esc(name)}</th>{"".join(f"<td>{_cell(x)}</td>" for x in figures)}</tr>'
+                    for name, *figures in rows)  # fmt: skip
+    body.append(f'<section><h2>{esc(title)}</h2><div class="card figures study"><table class="plain">'
                 f"<thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div></section>")  # fmt: skip
   charts = "".join(chart(task, found) for task, found in lines.items() if found)
   if charts:
@@ -234,6 +235,12 @@ def page(sections: Sequence[tuple], lines: Mapping[str, Mapping[str, Curve]], mi
     f"<footer>{esc(' '.join(_unfinished(missing)))}</footer><script>{(here / 'report.js').read_text()}</script>"
     "</body></html>\n"
   )
+
+
+def _cell(text: str) -> str:
+  """A figure, and below it its interval and its seeds."""
+  value, *more = re.split(r" (?=[\[(])", text)
+  return esc(value) + "".join(f"<small>{esc(x)}</small>" for x in more)
 
 
 def chart(task: str, found: Mapping[str, Curve]) -> str:
