@@ -141,6 +141,18 @@ def test_one_environment_moves_while_another_is_drawn():
   assert list(worker._serve(environments, slots, "snapshot", [(1, None)])) == [(1, b"state")]
 
 
+def test_an_exception_while_another_is_drawn_leaves_both_unanswered():
+  """What was drawn is not answered with a picture that nobody fetched; the pool counts both as lost."""
+  notes, answered = [], []
+  slots = types.SimpleNamespace(actions=np.zeros((3, 7)), images=np.zeros(3), signals=np.zeros(3))
+  environments = {i: Slow("abc"[i], notes) for i in range(3)}
+  environments[1].step = lambda action: 1 / 0
+  with pytest.raises(ZeroDivisionError):
+    for env, _ in worker._serve(environments, slots, "step", [(2, None), (0, None), (1, None)]):
+      answered.append(env)
+  assert answered == [2] and notes[-1] == "see c"
+
+
 def test_a_killed_worker_is_replaced_and_its_episodes_are_lost():
   zeros = np.zeros((4, 7), np.float32)
   with toy() as sim:
