@@ -92,6 +92,9 @@ METHODS = {
   "rl4vla_faithful": RL4VLA,
   "milestone_ppo": STA_PPO | {"interaction.reward": "milestones"},
   "sta_ppo": STA_PPO,
+  # The paper's critic, a head on the policy, where the default preset's sees the simulator's state.
+  "ppo_pixels": PPO | {"interaction.critic": "policy"},
+  "sta_ppo_pixels": STA_PPO | {"interaction.critic": "policy"},
   # Ablations: of sta_tpo the first two, of sta_ppo the others.
   "no_cost": STA_TPO | {"preference.hp.cost_weight": 0.0},
   "tpo_same_pairs": STA_TPO | {"preference.loss": "tpo"},
