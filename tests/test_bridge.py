@@ -272,9 +272,10 @@ TARGETS = """
 import sys, numpy as np
 from stare_jax import sims, tasks
 from stare_jax.sims import maniskill
-name, large = sys.argv[1], np.float32([0.05] * 3 + [3] * 3 + [1])  # any rotation: any part of a quaternion is largest
+name, large = sys.argv[1], np.float32([0.05] * 3 + [3] * 3 + [1])
 env = maniskill.make(**sims.spec(tasks.get(name), 64), draw=False)
 arm, joints = env._arm, env._robot.get_active_joints()
+assert arm is not None, "ManiSkill's controller is no longer one that `Arm` copies"
 def play(arm, seed):
   env._arm = arm
   env.reset(seed)
@@ -286,14 +287,27 @@ def play(arm, seed):
 for seed in range(4):
   np.testing.assert_array_equal(play(arm, seed), play(None, seed))
 assert np.ptp(play(arm, 1), axis=0).max() > 0.1, "nothing moved"
+
+import torch
+from mani_skill.utils.geometry import rotation_conversions as theirs
+from stare_jax.sims.arm import _rotation
+rng = np.random.default_rng(0)
+angles = np.concatenate([rng.uniform(-limit, limit, (1500, 3)) for limit in (0.1, 0.3, 3.2)])
+near = np.round(rng.uniform(-1, 1, (1500, 3))) * np.pi / 2 + rng.normal(0, 1e-7, (1500, 3))  # components of equal size
+for row in np.concatenate([angles, near]).astype(np.float32):
+  wanted = theirs.matrix_to_quaternion(theirs.euler_angles_to_matrix(torch.from_numpy(row)[None], "XYZ"))[0].numpy()
+  np.testing.assert_array_equal(_rotation(row), wanted, err_msg=str(row))
 """
 
 
 @pytest.mark.sim
-@pytest.mark.assets
-@pytest.mark.parametrize("name", ["put_carrot_on_plate", "pick_cube"])  # one moves its last target, one its hand
+@pytest.mark.parametrize("name", [pytest.param("put_carrot_on_plate", marks=pytest.mark.assets), "pick_cube"])
 def test_joint_targets_are_those_of_maniskills_controller(name):
-  """To the bit, over four episodes in one environment, two of them with actions far outside the usual."""
+  """To the bit, over four episodes in one environment, two of them with actions far outside the usual.
+
+  One arm moves its last target, the other its hand. Then every rotation by itself: one in two hundred is where
+  libraries round differently.
+  """
   done = subprocess.run([sys.executable, "-c", TARGETS, name], timeout=300, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
 

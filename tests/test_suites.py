@@ -339,6 +339,14 @@ def test_suites_repeat_change_what_they_say_and_leave_nothing(real):
 
 
 @pytest.mark.sim
+def test_an_arm_that_starts_elsewhere_is_not_pulled_back(real):
+  task, sim = real
+  _, signals = play(task, sim, suites.get("arm_pose"), 40, plan=np.zeros((4, 7), np.float32))
+  tool = unpack_signals(signals)["tcp_pose"][:, :3]
+  assert np.linalg.norm(tool - tool[0], axis=1).max() < 0.01
+
+
+@pytest.mark.sim
 def test_objects_go_where_suites_put_them(real):
   task, sim = real
   need(task, "object_position", "object_moved")

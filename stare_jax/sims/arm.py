@@ -12,7 +12,8 @@ class Arm:
 
   That of the table-top arm, which moves the hand from where it is, and SimplerEnv's, which moves its last target. The
   same operations in the same order and precision (float32), so that the joint targets are the same bits: where a
-  library's own rounding matters (sine, norm, matrix product) it is torch that computes. Tests compare the two.
+  library's own rounding matters (sine, norm, square root, matrix product) it is torch that computes. Tests compare the
+  two.
   """
 
   def __init__(self, controller: Any):
@@ -111,14 +112,14 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
 def _quaternion(m: np.ndarray) -> np.ndarray:
   """float32[4] of a rotation matrix, worked out from its largest component."""
   one, (a, b, c) = np.float32(1), np.diagonal(m)
-  sizes = np.array([one + a + b + c, one + a - b - c, one - a + b - c, one - a - b + c], np.float32)
-  i = int(np.argmax(sizes))
-  twice = np.sqrt(sizes[i])  # the component
-  square = twice * twice
+  squares = np.array([one + a + b + c, one + a - b - c, one - a + b - c, one - a - b + c], np.float32)
+  twice = _torch().sqrt(_torch().from_numpy(np.maximum(squares, np.float32(0)))).numpy()  # each component
+  i = int(np.argmax(twice))
+  square = twice[i] * twice[i]
   x, y, z = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
   xy, xz, yz = m[1, 0] + m[0, 1], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1]
   rows = ([square, x, y, z], [x, square, xy, xz], [y, xy, square, yz], [z, xz, yz, square])
-  return _standard(np.array(rows[i], np.float32) / (np.float32(2) * twice))
+  return _standard(np.array(rows[i], np.float32) / (np.float32(2) * twice[i]))
 
 
 def _conjugate(q: np.ndarray) -> np.ndarray:

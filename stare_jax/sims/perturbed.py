@@ -156,7 +156,8 @@ class Perturbed(ManiSkill):
       here = self._tcp.pose.p
       far = tool[0] <= np.linalg.norm(here - place) <= tool[1]
       if far and here[2] >= self.TABLE + _ABOVE and self._in_view(here):
-        return self._env.agent.reset(init_qpos=qpos)
+        self._env.agent.reset(init_qpos=qpos)
+        return self._env.agent.controller.reset()  # it may hold a target of its own, and pull the arm back there
     raise self._nowhere("another pose of the arm")
 
   def _change_place(self) -> None:
