@@ -264,7 +264,9 @@ def draw(path: pathlib.Path, task: str, found: Mapping[str, Curve]) -> None:
     colour = COLOURS[i % len(COLOURS)]
     axes.plot(line.x, 100 * line.mean, color=colour, label=f"{method} (n = {line.seeds})")
     axes.fill_between(line.x, 100 * line.low, 100 * line.high, color=colour, alpha=0.15, linewidth=0)
-  axes.set(title=task, xlabel="environment steps", ylabel="success in training rollouts, %", ylim=(0, 100))
+  highest = max((float(np.nanmax([*line.mean, *line.high])) for line in found.values()), default=1.0)
+  top = min(100, 10 * max(math.ceil(11 * highest), 1))  # rare success would lie flat on the axis
+  axes.set(title=task, xlabel="environment steps", ylabel="success in training rollouts, %", ylim=(0, top))
   axes.grid(alpha=0.3)
   axes.legend(loc="best", fontsize="small")
   figure.savefig(path, dpi=150)
