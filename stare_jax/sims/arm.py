@@ -113,7 +113,7 @@ def _quaternion(m: np.ndarray) -> np.ndarray:
   """float32[4] of a rotation matrix, worked out from its largest component."""
   one, (a, b, c) = np.float32(1), np.diagonal(m)
   squares = np.array([one + a + b + c, one + a - b - c, one - a + b - c, one - a - b + c], np.float32)
-  twice = _torch().sqrt(_torch().from_numpy(np.maximum(squares, np.float32(0)))).numpy()  # each component
+  twice = _torch().sqrt(_torch().from_numpy(np.maximum(squares, np.float32(0)))).numpy()  # of each component
   i = int(np.argmax(twice))
   square = twice[i] * twice[i]
   x, y, z = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
