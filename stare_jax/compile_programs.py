@@ -279,7 +279,7 @@ def plan(config: Any, text: str) -> str:
     here = rows // shards
     sizes = roofline.memory_plan(
       params, policy.config, devices=mesh.shape["fsdp"] * mesh.shape["tensor"], rows=here, remat=policy.config.remat,
-      trainable=trainable, summed=summed,
+      trainable=trainable, summed=summed, apart=devices == 1,
     )  # fmt: skip
     total = roofline.training_bytes(sizes)
     fits = "fits" if total < 0.9 * chip.hbm else "DOES NOT FIT: use smaller micro-batches, more devices or LoRA"

@@ -19,7 +19,7 @@ from stare_jax import sharding
 
 GIB, GB = 2**30, 1e9
 # What a compiled update takes beside the activations that it keeps, in units of those that remat "block" would keep.
-# With it the plan meets the TPU programs of docs/scaling.md within 5 %; two programs on an H100 took 5 to 7 GiB less.
+# With it the plan meets the TPU programs of docs/scaling.md within 5 %. Layers apart take none of it.
 AT_WORK = 1.2
 
 
@@ -161,18 +161,21 @@ def collective_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
 # Memory plan ------------------------------------------------------------------------------------------------
 
 
-def kept_per_row(config: Any, remat: str, count: int = 7) -> float:
-  """Bytes of what the layers of one row keep for the backward pass (`layers.REMAT`), with one layer at work."""
+def kept_per_row(config: Any, remat: str, count: int = 7, apart: bool = False) -> float:
+  """Bytes of what the layers of one row keep for the backward pass (`layers.REMAT`), with one layer at work.
+
+    apart: the last layer of the decoder computes the action's positions alone, and attention keeps no scores.
+  """
   item = 2 if config.compute_dtype == "bfloat16" else 4
   sequence = config.patches + config.prompt_length + count - 1
   visions = list(config.views.values())
-  stacks = [(config.llm_depth, sequence, config.llm_width, 2 * config.llm_mlp, config.llm_head_size)]
+  stacks = [(config.llm_depth - apart, sequence, config.llm_width, 2 * config.llm_mlp, config.llm_head_size)]
   stacks += [(v.depth - 1, config.patches + v.prefix_tokens, v.width, v.mlp, v.head_size) for v in visions]
 
   def layer(length: int, width: int, mlp: int, head: int, remat: str) -> float:
     kept = width  # the block's input
-    kept += {"block": 0, "attention": 4 * width, "products": 4 * width + mlp, "none": 10 * width + 2 * mlp}[remat]
-    scores = (4 + item) * (width // head) * length * length if remat == "none" else 0  # float32, and as weights
+    kept += {"block": 0, "attention": 4 * width, "products": 5 * width + mlp, "none": 10 * width + 2 * mlp}[remat]
+    scores = (4 + item) * (width // head) * length * length if remat == "none" and not apart else 0  # in two types
     return kept * length * item + scores
 
   total = sum(depth * layer(*sizes, remat) for depth, *sizes in stacks)
@@ -180,14 +183,17 @@ def kept_per_row(config: Any, remat: str, count: int = 7) -> float:
 
 
 def memory_plan(
-  params: Any, config: Any, *, devices: int, rows: int, remat: str, trainable: int | None = None, summed: bool = False
-) -> dict[str, float]:
+  params: Any, config: Any, *, devices: int, rows: int, remat: str, trainable: int | None = None, summed: bool = False,
+  apart: bool = False,
+) -> dict[str, float]:  # fmt: skip
   """Bytes on each device for an update of `rows` rows per device, and for `act` with as many.
 
     devices: in how many pieces the parameters are cut (fsdp x tensor).
     trainable: how many parameters are; None is all of them. Gradients and both moments are float32.
     summed: over several micro-batches; the loop holds the sum that it got and the one that it makes.
+    apart: layers are copied out of their stack, as on one NVIDIA GPU (`layers.stack`).
   """
+  stacked = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if "layers" in jax.tree_util.keystr(path)]
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
   trained = count if trainable is None else trainable
@@ -200,8 +206,9 @@ def memory_plan(
     "summed gradients": 8.0 * trained / devices if summed else 0.0,
     "moments": 8.0 * trained / devices,
     "one layer, gathered": layer,
-    "activations": rows * kept_per_row(config, remat),
-    "at work": AT_WORK * rows * kept_per_row(config, "block"),
+    "layers apart": float(sum(math.prod(x.shape) * x.dtype.itemsize for x in stacked)) if apart else 0.0,
+    "activations": rows * kept_per_row(config, remat, apart=apart),
+    "at work": 0.0 if apart else AT_WORK * rows * kept_per_row(config, "block"),
     "KV cache of act": cache_bytes(config, rows, item),
   }
 

@@ -37,6 +37,14 @@ RULES: dict[str, Any] = {  # word -> mesh axis (or axes), None = not cut
 # What the compiler is told on some chips. On v4 it would turn every gather of an operand above this size (MiB) into a
 # ring that multiplies piece by piece, and reads the activations again for each piece.
 COMPILER_OPTIONS = {"TPU v4": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+# Of programs with a gradient on one NVIDIA GPU: products in cuBLAS, which adds to what is there, where one that the
+# compiler writes itself needs an addition of its own; weights copied out of their stack once, and kernels launched one
+# by one: what would spare these copies and launches costs the host more time than the GPU gains.
+ONE_GPU = {
+  "xla_gpu_enable_triton_gemm": False,
+  "xla_gpu_enable_dynamic_slice_fusion": False,
+  "xla_gpu_enable_command_buffer": "",
+}
 ParamAxes = Sequence[tuple[str, tuple[str | None, ...]]]  # (pattern of the whole path, words of the last axes)
 
 
@@ -68,9 +76,18 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH, axis_types=types)
 
 
-def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
-  """Of `jax.jit`, for the programs of this mesh."""
-  return None if mesh is None else COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
+def compiler_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
+  """Of `jax.jit`, for the programs of this mesh, but for `act`."""
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if on_nvidia(device) and (mesh is None or mesh.size == 1):
+    return ONE_GPU
+  return COMPILER_OPTIONS.get(device.device_kind)
+
+
+def on_nvidia(device: jax.Device | None = None) -> bool:
+  """Whether a device, by default those that programs run on, is an NVIDIA GPU."""
+  device = jax.devices()[0] if device is None else device
+  return device.platform == "gpu" and "NVIDIA" in device.device_kind
 
 
 def path_name(path: Any) -> str:
@@ -163,6 +180,11 @@ def spread() -> bool:
   """Whether the function being traced runs on several devices (`activations`)."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and mesh.size > 1
+
+
+def one_gpu() -> bool:
+  """Whether the function being traced runs on an NVIDIA GPU, and on no other device beside it."""
+  return on_nvidia() and not spread()
 
 
 def constrain(x: jax.Array, *words: str | None) -> jax.Array:

@@ -81,8 +81,7 @@ class Update:
   ):  # fmt: skip
     self.traces = 0
     self._mesh, self._param_axes, self._trainable = mesh, param_axes, trainable
-    self._compiled = None if mesh is not None else jax.jit(self._counted(function), donate_argnums=0)
-    self._function = function
+    self._function, self._compiled = function, None
 
   def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
     def counted(state: TrainState, frozen: Any, batch: Any) -> Any:
@@ -94,11 +93,12 @@ class Update:
 
   def _build(self, state: TrainState) -> Any:
     """Pins the shardings of what comes out to the rules, so that the second call sees what the first one saw."""
-    places = state_shardings(state, self._mesh, self._param_axes)
-    out = (places, sharding.replicated(self._mesh))
+    where = {}
+    if self._mesh is not None:
+      places = state_shardings(state, self._mesh, self._param_axes)
+      where = {"out_shardings": (places, sharding.replicated(self._mesh))}
     options = sharding.compiler_options(self._mesh)
-    function = self._counted(self._function)
-    self._compiled = jax.jit(function, donate_argnums=0, out_shardings=out, compiler_options=options)
+    self._compiled = jax.jit(self._counted(self._function), donate_argnums=0, compiler_options=options, **where)
     return self._compiled
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:

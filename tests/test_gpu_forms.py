@@ -1,14 +1,18 @@
-"""What runs otherwise on an NVIDIA GPU: attention in one kernel, and layers that `act` takes apart."""
+"""What runs otherwise on an NVIDIA GPU: attention in one kernel, layers taken apart, what the compiler is told."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from stare_jax import policies
+from stare_jax import policies, sharding
 from stare_jax.policies import layers as nn
 from stare_jax.policies import lora
-from tests.test_policy import nano, some_obs
+from tests import inspecting
+from tests.test_policy import jit, nano, some_obs, some_tokens
 
 # Length, head size, whether there is a mask: the decoder's, one of odd length, both vision transformers'.
 SHAPES = [(20, 128, True), (13, 128, True), (21, 64, False), (16, 72, False)]
@@ -58,7 +62,7 @@ def test_act_with_layers_apart_is_act(adapted, monkeypatch):
   program = jax.jit(policy.act)
   scanned = program(*inputs)
   assert by_index in program.lower(*inputs).as_text()
-  monkeypatch.setattr(nn, "on_nvidia", lambda: True)
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
   program = jax.jit(lambda *inputs: policy.act(*inputs))
   apart = program(*inputs)
   assert by_index not in program.lower(*inputs).as_text()
@@ -67,9 +71,52 @@ def test_act_with_layers_apart_is_act(adapted, monkeypatch):
   np.testing.assert_allclose(apart.value, scanned.value, atol=1e-5)
 
 
+def gradient_program(**options):
+  policy, params, *_ = nano(**options)
+  obs, tokens = some_obs(policy), some_tokens()
+  return jit(jax.grad(lambda p: policy.apply(p, obs, tokens).logits[..., 3].sum())).lower(params)
+
+
+def test_layers_apart_keep_what_they_are_told_and_no_more():
+  """A compiler that sees that two products are one would keep what was to be computed again, and run out of memory."""
+  products, width = {}, nano()[0].config.llm_width
+  kernel = f"tensor<{width}x3x{width}xf32>"
+  for remat in ("none", "products", "attention", "block"):
+    program = gradient_program(unroll=True, remat=remat)
+    products[remat] = len(re.findall(r" (?:dot|custom-call)\(", program.compile().as_text()))
+    hidden = [line for line in program.as_text().splitlines() if "optimization_barrier" in line]
+    assert bool(hidden) is (remat != "none")
+    assert kernel in program.as_text() and not any(kernel in line for line in hidden)  # or it would be copied
+  assert products["none"] < products["products"] < products["attention"] < products["block"]
+
+
+@pytest.mark.parametrize("remat, times", [("none", 1), ("products", 1), ("attention", 1), ("block", 2)])
+def test_the_fused_kernel_runs_again_only_where_nothing_is_kept(remat, times, monkeypatch):
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: None)
+  monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+
+  def block(x, weight):
+    q = nn.split_heads(jnp.stack([x @ weight] * 3, axis=2), 64)
+    return nn.attention(q[0], [(q[1], q[2])], None, fused=True), None
+
+  loss = lambda x, weight: nn.rematerialised(block, remat, False)(x, weight)[0].astype(jnp.float32).sum()
+  program = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 8, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16))
+  assert [eqn.primitive.name for eqn in inspecting.equations(program.jaxpr)].count(nn.FUSED) == times
+
+
+def test_the_compiler_is_told_about_one_gpu_alone(monkeypatch):
+  mesh = sharding.make_mesh({"data": -1})
+  assert sharding.compiler_options(None) is sharding.compiler_options(mesh) is None
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
+  assert sharding.compiler_options(None) == sharding.compiler_options(sharding.make_mesh({}, jax.devices()[:1]))
+  assert sharding.compiler_options(None)["xla_gpu_enable_triton_gemm"] is False
+  assert sharding.compiler_options(mesh) is None and mesh.size > 1
+
+
 def test_attention_is_fused_only_where_it_can_be(monkeypatch):
   assert not nn.fuses("auto", jnp.bfloat16)  # these tests run on a CPU
-  monkeypatch.setattr(nn, "on_nvidia", lambda: True)
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
   assert not nn.fuses("auto", jnp.bfloat16)  # a card too old for the kernel
   monkeypatch.setattr(nn, "_capability", lambda: 9.0)
   assert nn.fuses("auto", jnp.bfloat16)

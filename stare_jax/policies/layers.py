@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,18 +22,13 @@ from stare_jax import sharding
 
 Params = dict[str, Any]
 NEGATIVE = -1e30  # the score of what may not be seen; finite, so that a fully masked row stays finite
-REMAT: dict[str, Callable[[Callable], Callable]] = {  # what a block keeps from its forward pass for its backward pass
-  "none": lambda block: block,  # everything
-  "block": functools.partial(jax.checkpoint, prevent_cse=False),  # its input; the rest is computed again
-  "attention": functools.partial(  # and queries, keys, values and what attention makes of them
-    jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("qkv", "attention")
-  ),
-  "products": functools.partial(  # and all matrix products with weights
-    jax.checkpoint,
-    prevent_cse=False,
-    policy=jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mlp"),
-  ),
+REMAT: dict[str, tuple[str, ...] | None] = {  # what a block keeps from its forward pass for its backward pass
+  "none": None,  # everything
+  "block": (),  # its input; the rest is computed again
+  "attention": ("qkv", "attention"),  # and queries, keys, values and what attention makes of them
+  "products": ("qkv", "attention", "sum", "mlp"),  # and all matrix products with weights
 }
+FUSED = "dot_product_attention_fwd_wrapper"  # cuDNN's kernel, which keeps a number for each query beside what it makes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "groups"])
@@ -55,12 +49,11 @@ class Adapter:
     """[M, I] -> [M, *out] in `dtype`; both products run in the dtype of x."""
     a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
     low = self.scale * (x @ a.reshape(len(a), -1))
-    if self.groups is None:
-      return jnp.matmul(low, b.reshape(len(b), -1), preferred_element_type=dtype).reshape(-1, *out)
-    low = jnp.unstack(low.reshape(-1, *a.shape[1:]), axis=1)
-    y = {g: jnp.matmul(x, b, preferred_element_type=dtype) for g, x, b in zip(self.groups, low, b)}
-    none = jnp.zeros_like(y[self.groups[0]])
-    return jnp.stack([y.get(g, none) for g in range(out[0])], axis=1)
+    if self.groups is not None:  # one product for all of them: a module's factor meets its own outputs, and zeros
+      wide = jnp.zeros((*b.shape[:2], *out), b.dtype)
+      b = functools.reduce(lambda wide, i: wide.at[i, :, self.groups[i]].set(b[i]), range(len(b)), wide)
+    b = b.reshape(low.shape[1], *(out if sharding.spread() else (-1,)))  # as in `dense`
+    return jnp.tensordot(low, b, 1, preferred_element_type=dtype).reshape(-1, *out)
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
@@ -147,11 +140,11 @@ def attention(
       a mesh makes of that kernel has not been seen.
   """
   if fused and len(parts) == 1 and q.shape[2] > 1 and q.shape[-1] % 8 == 0 and not sharding.spread():
-    out = fused_attention(q, *parts[0], seen)
+    out = fused_attention(q, *parts[0], seen)  # is kept by its own name: `FUSED`
   else:
-    out = plain_attention(q, parts, seen)
+    out = checkpoint_name(plain_attention(q, parts, seen), "attention")
   n, heads, count, size = q.shape
-  return checkpoint_name(out.reshape(n, count, heads * size), "attention")
+  return out.reshape(n, count, heads * size)
 
 
 def plain_attention(
@@ -193,18 +186,12 @@ def _even(x: jax.Array, axis: int) -> jax.Array:
   return jnp.pad(x, [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)])
 
 
-def on_nvidia() -> bool:
-  """Whether programs run on an NVIDIA GPU."""
-  device = jax.devices()[0]
-  return device.platform == "gpu" and "NVIDIA" in device.device_kind
-
-
 def fuses(how: str, dtype: Any) -> bool:
   """Whether `attention` may run in cuDNN's kernel.
 
   how: "auto" where there is one (bfloat16 on an NVIDIA GPU from Ampere on), "plain" never.
   """
-  return how == "auto" and jnp.dtype(dtype) == jnp.bfloat16 and on_nvidia() and _capability() >= 8.0
+  return how == "auto" and jnp.dtype(dtype) == jnp.bfloat16 and sharding.on_nvidia() and _capability() >= 8.0
 
 
 def _capability() -> float:
@@ -224,7 +211,7 @@ def vit_block(params: Params, x: jax.Array, *, head_size: int, eps: float = 1e-6
   """Pre-norm block of a timm vision transformer, with LayerScale where the parameters have it. [N, P, W]."""
   q, k, v = split_heads(dense(params["attn"]["qkv"], layer_norm(params["norm1"], x, eps)), head_size)
   y = dense(params["attn"]["out"], attention(q, [(k, v)], None, fused))
-  x = x + (y * params["scale1"].astype(y.dtype) if "scale1" in params else y)
+  x = checkpoint_name(x + (y * params["scale1"].astype(y.dtype) if "scale1" in params else y), "sum")
   up = checkpoint_name(dense(params["mlp"]["up"], layer_norm(params["norm2"], x, eps)), "mlp")
   y = dense(params["mlp"]["down"], gelu(sharding.constrain(up, "batch", None, "mlp")))
   return x + (y * params["scale2"].astype(y.dtype) if "scale2" in params else y)
@@ -255,7 +242,8 @@ def llama_block(
   k = rotate(k, rope)
   if queries is not None:
     x, q, seen, *rope = x[:, -queries:], *(a[:, :, -queries:] for a in (q, seen, *rope))
-  x = x + dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen, fused))
+  y = dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen, fused))
+  x = checkpoint_name(x + y, "sum")
   gate_up = checkpoint_name(dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps)), "mlp")
   gate_up = sharding.constrain(gate_up, "batch", None, None, "mlp")
   gate, up = jnp.unstack(gate_up, axis=-2)
@@ -272,15 +260,17 @@ def stack(
       and whose outputs are a list as well.
     remat: a key of `REMAT`.
 
-  A scan compiles one layer whatever the depth. Copies run faster on CPU at small depth, and can end in the cheaper
-  `last` layer.
+  A scan compiles one layer whatever the depth. Copies run faster on CPU at small depth and on one GPU (`apart`), and
+  can end in the cheaper `last` layer.
   """
   rows = lambda x: sharding.constrain(x, "batch", None, None)
+  scanned = not (unroll or isinstance(inputs, list) or sharding.one_gpu())
 
   def wrap(body: Callable) -> Callable:
-    return REMAT[remat](lambda x, layer: (lambda x, output: (rows(x), output))(*body(rows(x), layer)))
+    block = lambda x, layer: (lambda x, output: (rows(x), output))(*body(rows(x), layer))
+    return rematerialised(block, remat, scanned)
 
-  if not unroll and not isinstance(inputs, list):
+  if scanned:
     return jax.lax.scan(wrap(body), rows(x), inputs)
   layers, outputs = inputs if isinstance(inputs, list) else apart(inputs), []
   for i, layer in enumerate(layers):
@@ -289,6 +279,21 @@ def stack(
   return x, outputs if isinstance(inputs, list) else jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
+def rematerialised(block: Callable, remat: str, scanned: bool) -> Callable:
+  """A block (x, layer) -> (x, output) that keeps what `REMAT` says.
+
+  Outside a scan the compiler would find that what is computed again was computed before, and keep it: it must not look
+  through x and what is kept. It may look through the weights, or would copy them.
+  """
+  if REMAT[remat] is None:
+    return block
+  names = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
+  fused = lambda primitive, *_, **__: "attention" in REMAT[remat] and primitive.name == FUSED
+  policy = jax.checkpoint_policies.save_from_both_policies(names, fused)
+  return jax.checkpoint(block, prevent_cse=False if scanned else (True, False), policy=policy)
+
+
 def apart(stacked: Any) -> list[Any]:
-  """Trees with a leading layer axis as a list with a tree for each layer."""
-  return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(jax.tree.leaves(stacked)[0]))]
+  """Trees with a leading layer axis as a list with a tree for each layer, whose gradient is stacked once."""
+  leaves, tree = jax.tree.flatten(stacked)
+  return [jax.tree.unflatten(tree, layer) for layer in zip(*map(jnp.unstack, leaves), strict=True)]

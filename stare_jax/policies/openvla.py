@@ -351,7 +351,7 @@ def act(
   check(config, obs)
   config = dataclasses.replace(config, unroll=False)  # without a gradient a scan is as fast, and compiles in half
   n, last = len(obs.prompt), actions.last
-  if nn.on_nvidia():  # where a scan copies a layer's weights before it reads them: half of the time with one row
+  if sharding.on_nvidia():  # where a scan copies a layer's weights before it reads them: half of the time with one row
     params = params | {"llm": params["llm"] | {"layers": nn.apart(params["llm"]["layers"])}}
   if jnp.issubdtype(keys.dtype, jnp.uint32):
     keys = jax.random.wrap_key_data(keys)
