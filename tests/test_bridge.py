@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import itertools
+import pathlib
 import subprocess
 import sys
 import types
@@ -17,7 +20,7 @@ from stare_jax.pipeline import evaluation_starts
 from stare_jax.policies import ActionStats, action_stats
 from stare_jax.policies.tokenizer import ActionCodec
 from stare_jax.rollout import ExpertActor, Start
-from stare_jax.sims import bridge
+from stare_jax.sims import bridge, lite
 from stare_jax.tasks import experts
 from stare_jax.tasks.bridge import STEP, TURN, WidowX, pointing_down
 from tests.test_tasks import BRIDGE, quaternion, state
@@ -233,6 +236,84 @@ def test_the_shorter_shader_draws_the_same_pixels(name):
   for ours, minimal in zip(*frames, strict=True):
     np.testing.assert_array_equal(ours.images, minimal.images)
     np.testing.assert_array_equal(ours.signals, minimal.signals)
+
+
+def test_the_shader_without_a_sky():
+  """Of SAPIEN's file nothing but the light of the sky is left out; a file that is not understood is an error."""
+  root = pathlib.Path(importlib.util.find_spec("sapien").origin).parent
+  whole = (root / "vulkan_shader/minimal/gbuffer.frag").read_text()
+  left_out = [line for line in difflib.ndiff(whole.split("\n"), lite.without_sky(whole).split("\n")) if line[0] != " "]
+  assert len(left_out) == 5 and {line[0] for line in left_out} == {"-"}
+  assert "".join(left_out).count("color += ") == 2 and "ambientLight" not in "".join(left_out)
+  with pytest.raises(sims.SimulatorError, match="0 times, expected once"):
+    lite.without_sky(lite.without_sky(whole))
+
+
+def test_a_layer_is_laid_over_as_the_renderer_draws(rng):
+  """Against a loop over pixels, half of them at equal depth: there it keeps what it draws later."""
+  depth, number = "GbufferDepth", "PositionSegmentation"
+
+  def drawn(numbers):
+    there = rng.integers(0, 2, (12, 15))
+    entity = np.concatenate([rng.integers(-9, 9, (12, 15, 3)), rng.choice(numbers, (12, 15, 1))], axis=-1)
+    return {
+      "ColorRaw": (there[..., None] * rng.integers(1, 256, (12, 15, 4))).astype(np.uint8),
+      depth: np.where(there, rng.integers(1, 4, there.shape) / 4, 1).astype(np.float32),
+      number: (there[..., None] * entity).astype(np.int16),
+    }
+
+  rest, over = drawn([3, 8]), drawn([5])
+  wanted = {name: layer.copy() for name, layer in rest.items()}
+  for at in np.ndindex(12, 15):
+    first, second = sorted((rest, over), key=lambda layers: layers[number][at][3])  # as they are drawn
+    seen = second if second[depth][at] <= first[depth][at] else first
+    for name, layer in wanted.items():
+      layer[at] = seen[name][at]
+  bridge.lay_over(rest, over)
+  for name, layer in wanted.items():
+    np.testing.assert_array_equal(rest[name], layer)
+
+
+LYING = """
+import numpy as np
+from stare_jax import sims, suites, tasks
+from stare_jax.sims import maniskill
+task = tasks.get("put_spoon_on_towel")
+env, whole = (maniskill.make(**sims.spec(task, 224)) for _ in range(2))
+assert env._lying is not None, "the towel is drawn with every picture"
+whole._lying = None
+def laid_over(shift=0.0):  # whether, in a picture that is the same as the one that is drawn whole
+  for e in (env, whole):
+    towel = e._goal._objs[0]
+    if shift:
+      towel.pose = type(towel.pose)(towel.pose.p + [shift, 0, 0], towel.pose.q)
+    e.start_picture()
+    e.fetch_picture()
+  np.testing.assert_array_equal(env._picture(), whole._picture())
+  for name, layer in whole._layers.items():
+    np.testing.assert_array_equal(env._layers[name], layer, err_msg=name)
+  return env._over is not None
+def step(action):
+  for e in (env, whole):
+    e.step(action)
+  return laid_over()
+for name in ("in_distribution", "lighting", "camera_shift", "distractor"):
+  suite = suites.choose([name])[0][-1]  # after in_distribution
+  assert suite.name == name
+  for e in (env, whole):
+    e.reset(21, suites.for_worker(suite, task) if suite.changes else None)
+  plan = np.random.default_rng(0).uniform(-1, 1, (3, 7)).astype(np.float32) * np.float32(task.unit)
+  assert [laid_over(), *map(step, plan)] == [False, True, True, True], name
+  assert [laid_over(shift=0.01), laid_over()] == [False, True], name
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.assets
+def test_a_towel_that_lies_still_is_seen_as_if_it_were_drawn():
+  """To the byte in every layer, in other lights and from other places too; and again once it has moved."""
+  done = subprocess.run([sys.executable, "-c", LYING], timeout=300, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("height, width, size", [(480, 640, 224), (480, 640, 299), (480, 640, 512), (96, 96, 48)])

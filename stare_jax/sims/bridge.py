@@ -19,6 +19,8 @@ from stare_jax.sims.maniskill import _COMMON, ManiSkill
 
 _CAMERA = "3rd_view_camera"
 _TOGETHER = "PositionSegmentation"  # a layer: x, y, z and the entity
+_DEPTH = "GbufferDepth"  # a layer: what the renderer compares, float32
+_MANY = 2000  # triangles; a body of fewer is drawn in less time than its layers are fetched and laid over the others'
 FRAME = (640, 480)  # width and height of the data set's frames, pixels
 FULL_FROM = 224  # pixels; from this image size on the frame is drawn whole and then resized, as OpenVLA was trained
 _INTRINSICS = np.array([[623.588, 0, 319.501], [0, 623.588, 239.545], [0, 0, 1]])  # of a frame of FRAME
@@ -87,18 +89,25 @@ class Bridge(ManiSkill):
     self._env._obs_mode = "none"  # a reset need not draw what nobody reads
     super()._bind()
     self._sink: np.ndarray | None = None
+    self._lying, self._lay, self._over = None, None, None
     if self._mesh_ratio is not None:
       self._lighten()
     if self._draw:
       self._background = _photograph(self._env.rgb_overlay_paths[_CAMERA], self._frame)
 
   def _lighten(self) -> None:
-    """Draws nothing of what the photograph replaces; the sink, which can hide the eggplant, once for its depth."""
+    """Draws nothing of what the photograph replaces; the sink, which can hide the eggplant, once for its depth.
+
+    And a goal of many triangles, the towel, once for as long as it lies still.
+    """
     actors = self._env.scene.actors
     lite.show(actors["arena"], False)
     if "sink" in actors and self._draw:
       self._sink = self._depth_alone(actors["sink"])
       lite.show(actors["sink"], self._sink is None)
+    goal = self._goal._objs[0]
+    if self._draw and {_TOGETHER, _DEPTH} <= {*self._camera.get_picture_names()} and lite.triangles(goal) >= _MANY:
+      self._lying = goal
 
   def _depth_alone(self, actor: Any) -> np.ndarray | None:
     """[H, W]: the camera's z where it would see `actor` if there were nothing else, as `_labels` gives it.
@@ -106,25 +115,69 @@ class Bridge(ManiSkill):
     It holds for as long as neither moves. What lies behind it is then told by a comparison instead of by drawing it
     with every picture: at 640 x 480 in software, 16 of 28 ms.
     """
-    entities = [entity for scene in self._env.scene.sub_scenes for entity in scene.entities]
-    bodies = [body for entity in entities if entity not in actor._objs and (body := lite.render_body(entity))]
+    self._layers = self._drawn_alone(actor._objs[0])
+    label, z = self._labels()
+    far = np.iinfo(np.int16).min
+    return None if z is None else np.where(label == actor._objs[0].per_scene_id, z, far)
+
+  def _drawn_alone(self, entity: Any) -> dict[str, np.ndarray]:
+    """The layers of a picture of nothing but `entity`."""
+    others = [e for scene in self._env.scene.sub_scenes for e in scene.entities if e != entity]
+    bodies = [body for other in others if (body := lite.render_body(other))]
     before = [body.visibility for body in bodies]
     for body in bodies:
       body.visibility = 0
-    self.start_picture()
-    self.fetch_picture()
-    label, z = self._labels()
+    super().start_picture()
+    super().fetch_picture()
     self._asked = False  # this picture is not the state's
     for body, visibility in zip(bodies, before, strict=True):
       body.visibility = visibility
-    far = np.iinfo(np.int16).min
-    return None if z is None else np.where(label == actor._objs[0].per_scene_id, z, far)
+    return self._layers
+
+  # ---------------------------------------------------------------------------------------------- what lies still
+
+  _lying: Any  # an entity that is drawn once for as long as it lies still, or None
+  _lay: bytes | None  # where it was in the last picture
+  _over: tuple[tuple[slice, slice], dict[str, np.ndarray]] | None  # where it is seen, and its layers there
+
+  def start_picture(self) -> None:
+    """The towel is half of what there is to draw and seldom moves: then it is drawn once, and laid over the rest."""
+    if self._lying is not None:
+      self._look_at_lying()
+    super().start_picture()
+
+  def _look_at_lying(self) -> None:
+    """Has it drawn with everything else, unless it lies where it lay in the last picture."""
+    pose, body = self._lying.pose, lite.render_body(self._lying)
+    lies = pose.p.tobytes() + pose.q.tobytes()
+    if lies != self._lay:
+      self._lay, self._over = lies, None
+      body.visibility = 1
+    elif self._over is None:
+      self._over = self._seen_alone(self._lying)
+      body.visibility = 0
+
+  def _seen_alone(self, entity: Any) -> tuple[tuple[slice, slice], dict[str, np.ndarray]]:
+    import cv2
+
+    layers = self._drawn_alone(entity)
+    x, y, width, height = cv2.boundingRect(among(cv2.extractChannel(layers[_TOGETHER], 3), [entity.per_scene_id]))
+    part = slice(y, y + height), slice(x, x + width)
+    return part, {name: layer[part].copy() for name, layer in layers.items()}
+
+  def fetch_picture(self) -> None:
+    new = self._layers is None
+    super().fetch_picture()
+    if new and self._over is not None:
+      part, over = self._over
+      lay_over({name: layer[part] for name, layer in self._layers.items()}, over)
 
   def _before_start(self) -> None:
     """The start state settles in physics steps, as in a scene just built: bodies awake, the robot as it is loaded.
 
     Where the last episode left the arm it could touch what settles now.
     """
+    self._lay = None  # it may lie there in another light, before another camera
     self._wake()
     robot = self._env.agent.robot
     articulation = robot._objs[0]
@@ -148,7 +201,7 @@ class Bridge(ManiSkill):
   # ------------------------------------------------------------------------------------------------ what it shows
 
   def _needed(self) -> tuple[str, ...]:
-    return *super()._needed(), label_layer(self._camera)
+    return *super()._needed(), label_layer(self._camera), *(() if self._lying is None else (_DEPTH,))
 
   def _picture(self) -> np.ndarray:
     """As `resized` makes it of the whole frame: here of the part that shows more than the background.
@@ -198,6 +251,18 @@ class Bridge(ManiSkill):
     links = [link._objs[0].entity for link in self._env.agent.robot.get_links()]
     objects = [self._env.objs[name]._objs[0] for name in self._env.objects_excluded_from_greenscreening]
     return [entity.per_scene_id for entity in (*links, *objects)]
+
+
+def lay_over(layers: dict[str, np.ndarray], over: dict[str, np.ndarray]) -> None:
+  """Writes into `layers`, [H, W, ...] each, what the renderer would have drawn with what was drawn alone in `over`.
+
+  It keeps what is nearer, and of two at the same depth the one that it draws later: the one with the higher number.
+  """
+  behind, before = layers[_DEPTH], over[_DEPTH]
+  later = over[_TOGETHER][..., 3] > layers[_TOGETHER][..., 3]
+  seen = (before < behind) | ((before == behind) & later)
+  for name, layer in layers.items():
+    layer[seen] = over[name][seen]
 
 
 def label_layer(camera: Any) -> str:

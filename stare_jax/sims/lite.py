@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from stare_jax.sims import SimulatorError
+
 BARE = "bare"  # the shader pack of `register_bare`
-_VERSION = 1  # of the recipe below: a change of it makes a new cache folder
+_PANDA, _SHADERS = 1, 2  # versions of the two recipes below: a change of one makes a new cache folder
 _MIN_FACES = 60
 _CREASE = 35.0  # degrees; sharper edges keep flat shading
 
@@ -35,7 +38,7 @@ def cache_root() -> pathlib.Path:
 def panda_folder(ratio: float) -> pathlib.Path:
   """A copy of the Panda's description whose visual meshes keep `ratio` of their triangles; built at the first call."""
   version = importlib.metadata.version("mani_skill")
-  return _cached(f"panda-lite{_VERSION}-maniskill{version}-{ratio:g}", lambda folder: _write_panda(folder, ratio))
+  return _cached(f"panda-lite{_PANDA}-maniskill{version}-{ratio:g}", lambda folder: _write_panda(folder, ratio))
 
 
 def _cached(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
@@ -93,16 +96,17 @@ def _decimate(path: pathlib.Path, ratio: float) -> None:
 
 
 def register_bare() -> None:
-  """Makes ManiSkill know the shader pack `BARE`: SAPIEN's "minimal" without its second pass.
+  """Makes ManiSkill know the shader pack `BARE`: SAPIEN's "minimal" without the sky, which none of the scenes has.
 
-  That pass goes over every pixel and puts the sky behind what the first one drew. None of the scenes has a sky, so it
-  puts black where there is black. In software it is half of what drawing 640 x 480 pixels takes.
+  Its second pass goes over every pixel and puts the sky behind what the first one drew: black where there is black. In
+  software it is half of what drawing 640 x 480 pixels takes. Its first pass adds the light that the sky sheds, which
+  is 0, at the price of three looks into a texture for every pixel of every triangle.
   """
   import sapien.render
   from mani_skill.render import shaders
 
   version = importlib.metadata.version("sapien")
-  folder = str(_cached(f"shaders-lite{_VERSION}-sapien{version}", _write_shaders) / BARE)
+  folder = str(_cached(f"shaders-lite{_SHADERS}-sapien{version}", _write_shaders) / BARE)
   known, minimal = shaders.PREBUILT_SHADER_CONFIGS, shaders.PREBUILT_SHADER_CONFIGS["minimal"]
   renamed = {"Color": "ColorRaw"}  # what the first pass leaves
   known[BARE] = shaders.ShaderConfig(
@@ -120,6 +124,22 @@ def _write_shaders(out: pathlib.Path) -> None:
   source = pathlib.Path(sapien.__file__).parent / "vulkan_shader"
   shutil.copytree(source / "common", out / "common")  # which the pack's files include
   shutil.copytree(source / "minimal", out / BARE, ignore=shutil.ignore_patterns("composite*"))
+  path = out / BARE / "gbuffer.frag"
+  path.write_text(without_sky(path.read_text()))
+
+
+_SKYLIGHT = r"  vec3 wnormal = [^;]*;\s*color \+= diffuseIBL\([^;]*;\s*color \+= specularIBL\([^;]*;\n"
+
+
+def without_sky(shader: str) -> str:
+  """The source of SAPIEN's fragment shader without the light of the sky: without a sky it adds 0 to the colour."""
+  shorter, found = re.subn(_SKYLIGHT, "", shader)
+  if found != 1:
+    raise SimulatorError(
+      f"SAPIEN's minimal/gbuffer.frag adds the light of the sky {found} times, expected once; "
+      f'fit {__name__}._SKYLIGHT to this version of it, or draw with shader="minimal"'
+    )
+  return shorter
 
 
 def render_body(entity: Any) -> Any:
@@ -127,6 +147,12 @@ def render_body(entity: Any) -> Any:
   import sapien.render
 
   return entity.find_component_by_type(sapien.render.RenderBodyComponent)
+
+
+def triangles(entity: Any) -> int:
+  """How many an entity is drawn with; primitives count as none."""
+  shapes = () if (body := render_body(entity)) is None else body.render_shapes
+  return sum(len(part.triangles) for shape in shapes for part in getattr(shape, "parts", ()))
 
 
 def show(actor: Any, visible: bool) -> None:
