@@ -207,15 +207,15 @@ def _assemble(parts: pathlib.Path, wanted: Sequence[tuple[pathlib.Path, int]], f
 
 def compiled(run: Any, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   """Jitted (params, *batch) -> array; `batch` is whole in every process, and so is what comes back."""
+  options = sharding.compiler_options(run.mesh)
   if run.mesh.size == 1:
-    return jax.jit(function)
+    return jax.jit(function, compiler_options=options)
 
   def constrained(*arguments: Any) -> jax.Array:
     with sharding.activations(run.mesh):
       return function(*arguments)
 
-  jitted = jax.jit(constrained, out_shardings=sharding.replicated(run.mesh),
-                   compiler_options=sharding.compiler_options(run.mesh))  # fmt: skip
+  jitted = jax.jit(constrained, out_shardings=sharding.replicated(run.mesh), compiler_options=options)
   return lambda params, *batch: jitted(params, *sharding.put(jax.tree.map(run.mine, batch), run.mesh))
 
 

@@ -164,9 +164,10 @@ def collective_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
 def kept_per_row(config: Any, remat: str, count: int = 7, apart: bool = False) -> float:
   """Bytes of what the layers of one row keep for the backward pass (`layers.REMAT`), with one layer at work.
 
-    apart: the last layer of the decoder computes the action's positions alone, and attention keeps no scores.
+    apart: the last layer of the decoder computes the action's positions alone; attention keeps no scores (`nn.fuses`).
   """
   item = 2 if config.compute_dtype == "bfloat16" else 4
+  fused = apart and item == 2 and config.attention == "auto"
   sequence = config.patches + config.prompt_length + count - 1
   visions = list(config.views.values())
   stacks = [(config.llm_depth - apart, sequence, config.llm_width, 2 * config.llm_mlp, config.llm_head_size)]
@@ -175,7 +176,7 @@ def kept_per_row(config: Any, remat: str, count: int = 7, apart: bool = False) -
   def layer(length: int, width: int, mlp: int, head: int, remat: str) -> float:
     kept = width  # the block's input
     kept += {"block": 0, "attention": 4 * width, "products": 5 * width + mlp, "none": 10 * width + 2 * mlp}[remat]
-    scores = (4 + item) * (width // head) * length * length if remat == "none" and not apart else 0  # in two types
+    scores = (4 + item) * (width // head) * length * length if remat == "none" and not fused else 0  # in two types
     return kept * length * item + scores
 
   total = sum(depth * layer(*sizes, remat) for depth, *sizes in stacks)

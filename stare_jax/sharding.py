@@ -37,9 +37,9 @@ RULES: dict[str, Any] = {  # word -> mesh axis (or axes), None = not cut
 # What the compiler is told on some chips. On v4 it would turn every gather of an operand above this size (MiB) into a
 # ring that multiplies piece by piece, and reads the activations again for each piece.
 COMPILER_OPTIONS = {"TPU v4": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
-# Of programs with a gradient on one NVIDIA GPU: products in cuBLAS, which adds to what is there, where one that the
-# compiler writes itself needs an addition of its own; weights copied out of their stack once, and kernels launched one
-# by one: what would spare these copies and launches costs the host more time than the GPU gains.
+# Of updates and log-probabilities on one NVIDIA GPU: products in cuBLAS, which adds to what is there, where one that
+# the compiler writes itself needs an addition of its own; weights copied out of their stack once, and kernels launched
+# one by one: what would spare these copies and launches costs the host more time than the GPU gains.
 ONE_GPU = {
   "xla_gpu_enable_triton_gemm": False,
   "xla_gpu_enable_dynamic_slice_fusion": False,
@@ -77,7 +77,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
-  """Of `jax.jit`, for the programs of this mesh, but for `act`."""
+  """Of `jax.jit`, for the programs of this mesh with `Policy.apply` in them; without a mesh, of one device."""
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   if on_nvidia(device) and (mesh is None or mesh.size == 1):
     return ONE_GPU

@@ -47,15 +47,19 @@ def test_last_queries_may_be_odd_in_number():
   np.testing.assert_allclose(fused, nn.plain_attention(q, [(k, v)], seen)[:, -7:], atol=2e-5)
 
 
+def with_adapters(policy, params, targets="all-linear"):
+  adapters = lora.make(policy.config, rank=2, targets=targets)
+  factors = lora.init(adapters, jax.random.key(5))
+  factors = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), factors)
+  base = {name: x for name, x in params.items() if name != "value"}
+  return lora.wrap(policy, adapters), {"base": base, "lora": factors, "value": params["value"]}
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_act_with_layers_apart_is_act(adapted, monkeypatch):
   policy, params, *_ = nano()
   if adapted:
-    adapters = lora.make(policy.config, rank=2)
-    factors = lora.init(adapters, jax.random.key(5))
-    factors = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), factors)
-    base = {name: x for name, x in params.items() if name != "value"}
-    policy, params = lora.wrap(policy, adapters), {"base": base, "lora": factors, "value": params["value"]}
+    policy, params = with_adapters(policy, params)
   inputs = (params, some_obs(policy), jax.random.split(jax.random.key(3), 3), jnp.float32(1.0))
   depth, width = policy.config.llm_depth, policy.config.llm_width
   by_index = f"(tensor<{depth}x{width}x3x{width}xf32>, tensor<i32>"  # a layer cut out of its stack, which is a copy
@@ -77,17 +81,41 @@ def gradient_program(**options):
   return jit(jax.grad(lambda p: policy.apply(p, obs, tokens).logits[..., 3].sum())).lower(params)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,up_proj"])
+def test_the_gradient_on_one_gpu_is_that_of_a_scan(targets, monkeypatch):
+  policy, params, *_ = nano(remat="products")
+  policy, params = with_adapters(policy, params, targets)
+  obs, tokens = some_obs(policy), some_tokens()
+  own = {name: params[name] for name in ("lora", "value")}
+
+  def loss(own):
+    out = policy.apply({**params, **own}, obs, tokens)
+    return jnp.sum(jax.nn.log_softmax(out.logits)[..., 3]) + jnp.sum(out.value)
+
+  traced = lambda: inspecting.primitives(jax.value_and_grad(loss), own)
+  compiled = lambda: jit(jax.value_and_grad(loss))(own)
+  assert "scan" in traced()
+  scanned = compiled()
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
+  assert "scan" not in traced()
+  with sharding.activations(sharding.make_mesh({"data": -1}, jax.devices()[:2])):  # of several GPUs
+    assert "scan" in traced()
+  apart = compiled()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), apart, scanned)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(apart))
+
+
 def test_layers_apart_keep_what_they_are_told_and_no_more():
   """A compiler that sees that two products are one would keep what was to be computed again, and run out of memory."""
   products, width = {}, nano()[0].config.llm_width
   kernel = f"tensor<{width}x3x{width}xf32>"
-  for remat in ("none", "products", "attention", "block"):
+  for remat in ("none", "products", "block"):
     program = gradient_program(unroll=True, remat=remat)
     products[remat] = len(re.findall(r" (?:dot|custom-call)\(", program.compile().as_text()))
     hidden = [line for line in program.as_text().splitlines() if "optimization_barrier" in line]
     assert bool(hidden) is (remat != "none")
     assert kernel in program.as_text() and not any(kernel in line for line in hidden)  # or it would be copied
-  assert products["none"] < products["products"] < products["attention"] < products["block"]
+  assert products["none"] < products["products"] < products["block"]
 
 
 @pytest.mark.parametrize("remat, times", [("none", 1), ("products", 1), ("attention", 1), ("block", 2)])

@@ -279,7 +279,7 @@ def needed(config, chips: int) -> float:
   for program in config.phases:
     rows, summed = compile_programs.micro_batch(config, program)
     plan = roofline.memory_plan(params, policy.config, devices=pieces, rows=rows // chips, remat=policy.config.remat,
-                                trainable=trainable, summed=summed)  # fmt: skip
+                                trainable=trainable, summed=summed, apart=chips == 1)  # fmt: skip
     most = max(most, roofline.training_bytes(plan))
   return most
 
@@ -334,22 +334,18 @@ def test_lora_parameters_are_those_of_the_public_recipe():
   assert count - value == 110_828_288 - dino - siglip - pool
 
 
-@pytest.mark.parametrize("targets, ratio", [(("o_proj", "down_proj", "proj", "fc2"), 1.0), (("q_proj", "k_proj"), 2.0)])
-def test_adapters_cost_what_their_products_cost(targets, ratio):
-  """Acting, traced: forward alone, so the ratio to the base is that of the credited FLOPs, part by part of the tree.
-
-  Of modules that share a kernel with another, each factor b meets the zeros of all three: a + 3 b for a + b, alike.
-  """
+def test_adapters_cost_what_their_products_cost():
+  """Acting, traced: forward alone, so the ratio to the base is that of the credited FLOPs, part by part of the tree."""
   config = nano_pod.get_config()
   base = compile_programs.make_policy(config)
-  adapted = lora.wrap(base, lora.make(base.config, rank=4, targets=targets))
+  adapted = lora.wrap(base, lora.make(base.config, rank=4))
   traced, credited = [], []
   for policy in (base, adapted):
     this = compile_programs.job(policy, config, "act", jax.devices()[:4])
     params = jax.eval_shape(policy.init, jax.random.key(0))
     traced.append(roofline.traced_flops(this.traced.jaxpr, this.trips))
     credited.append(roofline.model_flops(params, base.config, this.rows, backward=False))
-  assert traced[1] - traced[0] == pytest.approx(ratio * (credited[1] - credited[0]), rel=0.02)
+  assert traced[1] - traced[0] == pytest.approx(credited[1] - credited[0], rel=0.02)
   trained = roofline.model_flops(params, base.config, this.rows, backward=True)
   assert trained == pytest.approx(2 * credited[0] + 3 * (credited[1] - credited[0]))
 

@@ -26,7 +26,7 @@ REMAT: dict[str, tuple[str, ...] | None] = {  # what a block keeps from its forw
   "none": None,  # everything
   "block": (),  # its input; the rest is computed again
   "attention": ("qkv", "attention"),  # and queries, keys, values and what attention makes of them
-  "products": ("qkv", "attention", "sum", "mlp"),  # and all matrix products with weights
+  "products": ("qkv", "attention", "sum", "mlp"),  # and all matrix products with kernels
 }
 FUSED = "dot_product_attention_fwd_wrapper"  # cuDNN's kernel, which keeps a number for each query beside what it makes
 
@@ -49,11 +49,15 @@ class Adapter:
     """[M, I] -> [M, *out] in `dtype`; both products run in the dtype of x."""
     a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
     low = self.scale * (x @ a.reshape(len(a), -1))
-    if self.groups is not None:  # one product for all of them: a module's factor meets its own outputs, and zeros
-      wide = jnp.zeros((*b.shape[:2], *out), b.dtype)
-      b = functools.reduce(lambda wide, i: wide.at[i, :, self.groups[i]].set(b[i]), range(len(b)), wide)
-    b = b.reshape(low.shape[1], *(out if sharding.spread() else (-1,)))  # as in `dense`
-    return jnp.tensordot(low, b, 1, preferred_element_type=dtype).reshape(-1, *out)
+    if self.groups is not None and sharding.one_gpu():  # one product: a factor meets its own outputs, and zeros
+      own = np.eye(out[0], dtype=b.dtype)[list(self.groups)]
+      b = b[:, :, None] * own[:, None, :, None]
+    elif self.groups is not None:
+      low = jnp.unstack(low.reshape(-1, *a.shape[1:]), axis=1)
+      y = {g: jnp.matmul(x, b, preferred_element_type=dtype) for g, x, b in zip(self.groups, low, b)}
+      none = jnp.zeros_like(y[self.groups[0]])
+      return jnp.stack([y.get(g, none) for g in range(out[0])], axis=1)
+    return jnp.matmul(low, b.reshape(low.shape[1], -1), preferred_element_type=dtype).reshape(-1, *out)
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
@@ -260,11 +264,11 @@ def stack(
       and whose outputs are a list as well.
     remat: a key of `REMAT`.
 
-  A scan compiles one layer whatever the depth. Copies run faster on CPU at small depth and on one GPU (`apart`), and
-  can end in the cheaper `last` layer.
+  A scan compiles one layer whatever the depth. Copies run faster on CPU at small depth and with a gradient on
+  one GPU, and can end in the cheaper `last` layer.
   """
   rows = lambda x: sharding.constrain(x, "batch", None, None)
-  scanned = not (unroll or isinstance(inputs, list) or sharding.one_gpu())
+  scanned = not (unroll or isinstance(inputs, list))
 
   def wrap(body: Callable) -> Callable:
     block = lambda x, layer: (lambda x, output: (rows(x), output))(*body(rows(x), layer))

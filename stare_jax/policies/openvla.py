@@ -322,6 +322,7 @@ class Actions(NamedTuple):
 def apply(config: Config, actions: Actions, params: Params, obs: Obs, tokens: jax.Array) -> Output:
   """Teacher-forced logits of all action tokens, and the value."""
   check(config, obs, tokens)
+  config = dataclasses.replace(config, unroll=config.unroll or sharding.one_gpu())  # where a scan copies what it keeps
   count = actions.last + 1
   x, mask = sequence(params, obs, tokens[:, : count - 1], config)
   hidden = final_norm(params, decoder(params, x, mask, config, tail=count)[0], config)

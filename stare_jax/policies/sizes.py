@@ -56,7 +56,8 @@ class Config:
     remat: what a block keeps for its backward pass, the rest being computed again: "none" keeps everything, "block" its
       input alone; "attention" and "products" lie between (`layers.REMAT`).
     attention: "auto" runs it in cuDNN's fused kernel where that exists (bfloat16 on one NVIDIA GPU), "plain" never.
-    unroll: layers of `apply` as copies instead of a scan: a faster gradient on CPU, slower to compile.
+    unroll: layers of `apply` as copies instead of a scan: a faster gradient on CPU, slower to compile. On one NVIDIA
+      GPU they always are.
     resize, center_crop: how frames get to image_size, see `images`; bicubic is what the public processor does.
     faithful: decode as the public codes do, early ends and all; see `openvla_faithful`.
   """
