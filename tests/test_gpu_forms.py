@@ -81,7 +81,7 @@ def gradient_program(**options):
   return jit(jax.grad(lambda p: policy.apply(p, obs, tokens).logits[..., 3].sum())).lower(params)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,up_proj"])
+@pytest.mark.parametrize("targets", ["q_proj,v_proj,up_proj", pytest.param("all-linear", marks=pytest.mark.slow)])
 def test_the_gradient_on_one_gpu_is_that_of_a_scan(targets, monkeypatch):
   policy, params, *_ = nano(remat="products")
   policy, params = with_adapters(policy, params, targets)
