@@ -139,6 +139,7 @@ def test_the_compiler_is_told_about_one_gpu_alone(monkeypatch):
   monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
   assert sharding.compiler_options(None) == sharding.compiler_options(sharding.make_mesh({}, jax.devices()[:1]))
   assert sharding.compiler_options(None)["xla_gpu_enable_triton_gemm"] is False
+  assert jax.jit(lambda x: x + 1, compiler_options=sharding.ONE_GPU)(1.0) == 2.0  # this JAX knows all of them
   assert sharding.compiler_options(mesh) is None and mesh.size > 1
 
 
