@@ -8,7 +8,6 @@ import itertools
 import pathlib
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from stare_jax.pipeline import evaluation_starts
 from stare_jax.policies import ActionStats, action_stats
 from stare_jax.policies.tokenizer import ActionCodec
 from stare_jax.rollout import ExpertActor, Start
-from stare_jax.sims import bridge, lite
+from stare_jax.sims import bridge, lanczos, lite
 from stare_jax.tasks import experts
 from stare_jax.tasks.bridge import STEP, TURN, WidowX, pointing_down
 from tests.test_tasks import BRIDGE, quaternion, state
@@ -317,20 +316,31 @@ def test_a_towel_that_lies_still_is_seen_as_if_it_were_drawn():
 
 
 @pytest.mark.parametrize("height, width, size", [(480, 640, 224), (480, 640, 299), (480, 640, 512), (96, 96, 48)])
-def test_a_part_is_resized_as_in_the_whole_frame(rng, height, width, size):
+def test_parts_are_resized_as_in_the_whole_frame(rng, height, width, size):
   draw = lambda: rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-  scene = types.SimpleNamespace(_image_size=size, _resized=(None, None))
-  rows = [slice(0, 0), slice(0, height // 2), slice(height - 1, height), slice(None)]
-  columns = [slice(0, 3), slice(width // 2, width // 2 + 9), slice(width - 4, width), slice(None)]
-  for _ in range(2):  # two photographs
-    scene._background = draw()
-    for part in itertools.product(rows, columns):
-      scene._mask, frame = np.zeros((height, width), np.uint8), scene._background.copy()
-      scene._mask[part], frame[part] = 255, draw()[part]
-      scene._composed = lambda frame=frame: frame
-      whole = Image.fromarray(frame).resize((size, height), LANCZOS).resize((size, size), LANCZOS)
-      np.testing.assert_array_equal(bridge.resized(frame, size), whole)
-      np.testing.assert_array_equal(bridge.Bridge._picture(scene), whole)
+  rows = [slice(0, height // 2), slice(height - 1, height), slice(height // 2, height), slice(0, height)]
+  columns = [slice(0, 3), slice(width // 2, width // 2 + 9), slice(width - 4, width), slice(0, width)]
+  single = [[part] for part in itertools.product(rows, columns)]
+  both = [[(rows[0], columns[1]), (rows[2], columns[0])], [(rows[0], columns[3]), (rows[3], columns[1])]]
+  background = lanczos.Background(draw(), size)
+  for parts in [[], *single, *both]:
+    frame = background.frame.copy()
+    for part in parts:
+      frame[part] = draw()[part]
+    whole = Image.fromarray(frame).resize((size, height), LANCZOS).resize((size, size), LANCZOS)
+    np.testing.assert_array_equal(lanczos.resized(frame, size), whole)
+    np.testing.assert_array_equal(background.resized(frame.__getitem__, parts), whole)
+
+
+def test_busy_parts_hold_what_is_seen(rng):
+  """All of it, in the smallest box of each strip, however the pixels lie."""
+  for share in (0, 1e-5, 1e-3, 0.5):
+    mask = np.where(rng.random((480, 640)) < share, 255, 0).astype(np.uint8)
+    left = mask.copy()
+    for part in bridge.busy(mask):
+      assert all(edge.any() for edge in (mask[part][0], mask[part][-1], mask[part][:, 0], mask[part][:, -1]))
+      left[part] = 0
+    assert not left.any()
 
 
 def test_pixels_of_some_entities(rng):
@@ -436,5 +446,5 @@ def test_physics_and_pictures_equal_stock_maniskill(name, tmp_path):
   np.testing.assert_array_equal(np.concatenate([*parts, joints, *flags], axis=1), rows)
   assert rows[:, -2].any() and rows[-1, -1], "the comparison saw no grasp, or no success"
   for stock, image in zip(frames, images[::8], strict=True):
-    difference = np.abs(bridge.resized(stock, 224).astype(int) - image).max(-1)
+    difference = np.abs(lanczos.resized(stock, 224).astype(int) - image).max(-1)
     assert (difference > 20).mean() < 0.005 and difference.mean() < 0.5

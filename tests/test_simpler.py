@@ -12,7 +12,7 @@ import pytest
 
 from stare_jax import sims, stages, tasks
 from stare_jax.episode import unpack_signals
-from stare_jax.sims import bridge, simpler
+from stare_jax.sims import lanczos, simpler
 from stare_jax.tasks import experts
 
 PYTHON = os.environ.get("STARE_JAX_SIMPLER_PYTHON", "")
@@ -148,5 +148,5 @@ def test_physics_and_pictures_equal_stock_simplerenv(name, tmp_path):
   np.testing.assert_array_equal(ours, rows)
   assert rows[:, -2].any() and rows[-1, -1], "the comparison saw no grasp, or no success"
   for stock, image in zip(frames, images[::8], strict=True):
-    difference = np.abs(bridge.resized(stock, 224).astype(int) - image).max(-1)
+    difference = np.abs(lanczos.resized(stock, 224).astype(int) - image).max(-1)
     assert (difference > 20).mean() < 0.005 and difference.mean() < 0.5

@@ -7,15 +7,14 @@ table ("green screen"). An episode's seed decodes to its whole start state, see 
 
 from __future__ import annotations
 
-import fractions
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from stare_jax.sims import lite
-from stare_jax.sims.maniskill import _COMMON, ManiSkill
+from stare_jax.sims.lanczos import Background, Part
+from stare_jax.sims.maniskill import _COMMON, ManiSkill, rgb
 
 _CAMERA = "3rd_view_camera"
 _TOGETHER = "PositionSegmentation"  # a layer: x, y, z and the entity
@@ -23,6 +22,7 @@ _DEPTH = "GbufferDepth"  # a layer: what the renderer compares, float32
 _MANY = 2000  # triangles; a body of fewer is drawn in less time than its layers are fetched and laid over the others'
 FRAME = (640, 480)  # width and height of the data set's frames, pixels
 FULL_FROM = 224  # pixels; from this image size on the frame is drawn whole and then resized, as OpenVLA was trained
+_STRIP = 120  # rows of a frame; thinner ones leave little more out, and each costs two calls
 _INTRINSICS = np.array([[623.588, 0, 319.501], [0, 623.588, 239.545], [0, 0, 1]])  # of a frame of FRAME
 
 
@@ -138,7 +138,7 @@ class Bridge(ManiSkill):
 
   _lying: Any  # an entity that is drawn once for as long as it lies still, or None
   _lay: bytes | None  # where it was in the last picture
-  _over: tuple[tuple[slice, slice], dict[str, np.ndarray]] | None  # where it is seen, and its layers there
+  _over: tuple[Part, dict[str, np.ndarray]] | None  # where it is seen, and its layers there
 
   def start_picture(self) -> None:
     """The towel is half of what there is to draw and seldom moves: then it is drawn once, and laid over the rest."""
@@ -157,7 +157,7 @@ class Bridge(ManiSkill):
       self._over = self._seen_alone(self._lying)
       body.visibility = 0
 
-  def _seen_alone(self, entity: Any) -> tuple[tuple[slice, slice], dict[str, np.ndarray]]:
+  def _seen_alone(self, entity: Any) -> tuple[Part, dict[str, np.ndarray]]:
     import cv2
 
     layers = self._drawn_alone(entity)
@@ -204,33 +204,31 @@ class Bridge(ManiSkill):
     return *super()._needed(), label_layer(self._camera), *(() if self._lying is None else (_DEPTH,))
 
   def _picture(self) -> np.ndarray:
-    """As `resized` makes it of the whole frame: here of the part that shows more than the background.
+    """The robot and the objects before the photograph: the frame, resized where it shows more than the photograph.
 
     Resizing is the largest part of a picture beside the drawing.
     """
-    import cv2
+    self._finish()
+    self._mask = self._seen()
+    if self._still is None or self._still.frame is not self._background:
+      self._still = Background(self._background, self._image_size)
+    return self._still.resized(self._composed, busy(self._mask))
 
-    frame, size = self._composed(), self._image_size
-    if self._resized[0] is not self._background:
-      self._resized = self._background, resized(self._background, size)
-    picture, (x, y, width, height) = self._resized[1].copy(), cv2.boundingRect(self._mask)
-    if width and height:
-      part = seen_from(y, y + height, len(frame), size), seen_from(x, x + width, frame.shape[1], size)
-      picture[part] = resized(frame, size, part)
-    return picture
+  _still: Background | None = None
 
-  _resized: tuple[Any, np.ndarray | None] = None, None  # a background, and how the policy sees it
-
-  def _composed(self) -> np.ndarray:
-    """uint8[H, W, 3]: the robot and the objects before the photograph, in the size of the frame."""
-    import cv2
-
-    drawn = super()._picture()
+  def _seen(self) -> np.ndarray:
+    """uint8[H, W]: 255 where the last picture shows what the photograph does not replace, else 0."""
     label, z = self._labels()
-    self._mask = among(label, self._kept())
+    mask = among(label, self._kept())
     if self._sink is not None:
-      self._mask &= z >= self._sink
-    return cv2.copyTo(drawn, self._mask, self._background.copy())
+      mask &= z >= self._sink
+    return mask
+
+  def _composed(self, part: Part) -> np.ndarray:
+    """uint8[h, w, 3]: a part of the frame."""
+    import cv2
+
+    return cv2.copyTo(rgb(self._layers[self._layer][part]), self._mask[part], self._background[part].copy())
 
   def _labels(self) -> tuple[np.ndarray, np.ndarray | None]:
     """Of the last picture, [H, W] each: the entity that a pixel shows, and the camera's z of it if the shader says.
@@ -258,11 +256,13 @@ def lay_over(layers: dict[str, np.ndarray], over: dict[str, np.ndarray]) -> None
 
   It keeps what is nearer, and of two at the same depth the one that it draws later: the one with the higher number.
   """
+  import cv2
+
   behind, before = layers[_DEPTH], over[_DEPTH]
   later = over[_TOGETHER][..., 3] > layers[_TOGETHER][..., 3]
-  seen = (before < behind) | ((before == behind) & later)
+  seen = ((before < behind) | ((before == behind) & later)).view(np.uint8)
   for name, layer in layers.items():
-    layer[seen] = over[name][seen]
+    cv2.copyTo(over[name], seen, layer)
 
 
 def label_layer(camera: Any) -> str:
@@ -283,6 +283,21 @@ def among(labels: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
   for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
     mask |= cv2.inRange(labels, int(run[0]), int(run[-1]))
   return mask
+
+
+def busy(mask: np.ndarray) -> list[Part]:
+  """Parts that hold every pixel of uint8[H, W] that is not 0, one for each strip of rows.
+
+  An arm lies across the frame, and most of one box around all of it would be empty.
+  """
+  import cv2
+
+  parts = []
+  for top in range(0, len(mask), _STRIP):
+    x, y, width, height = cv2.boundingRect(mask[top : top + _STRIP])
+    if width:
+      parts.append((slice(top + y, top + y + height), slice(x, x + width)))
+  return parts
 
 
 def decode(
@@ -318,42 +333,3 @@ def _photograph(path: str, frame: tuple[int, int]) -> np.ndarray:
   image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
   smaller = frame[0] < image.shape[1]
   return cv2.resize(image, frame, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
-
-
-_LOBES = 3  # of the Lanczos filter, to either side
-
-
-def resized(frame: np.ndarray, size: int, part: tuple[slice, slice] | None = None) -> np.ndarray:
-  """uint8[size, size, 3]: Lanczos over three lobes with antialiasing, ignoring the aspect ratio.
-
-  Every row by itself first, then every column: Pillow 13 chooses by the shape, and a part has another than the whole.
-
-  Args:
-    part: rows and columns of the result that alone are worked out, each as `seen_from` gives them.
-  """
-  rows, columns = part or (slice(0, size), slice(0, size))
-  edges = lambda seen, length: (seen.start * length // size, seen.stop * length // size)
-  (height, width), (h, w) = frame.shape[:2], (rows.stop - rows.start, columns.stop - columns.start)
-  (top, bottom), (left, right) = edges(rows, height), edges(columns, width)
-  reach = math.ceil(_LOBES * max(height / size, 1)) + 1
-  first = max(top - reach, 0)
-  frame = frame[first : bottom + reach]
-  narrow = _lanczos(frame, (w, len(frame)), (left, 0, right, len(frame)))
-  return _lanczos(narrow, (w, h), (0, top - first, w, bottom - first))
-
-
-def seen_from(first: int, last: int, length: int, size: int) -> slice:
-  """Where pixels `first` to `last` of `length` are seen when these are resized to `size`.
-
-  It begins and ends between two pixels of both: a part is then the same sum of the same pixels as in the whole.
-  """
-  ratio = fractions.Fraction(length, size)
-  reach, whole = math.ceil(_LOBES / min(ratio, 1)) + 1, ratio.denominator
-  start, stop = (first / ratio - reach) / whole, (last / ratio + reach) / whole
-  return slice(max(math.floor(start) * whole, 0), min(math.ceil(stop) * whole, size))
-
-
-def _lanczos(frame: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
-  from PIL import Image
-
-  return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, box))

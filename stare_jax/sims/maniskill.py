@@ -287,14 +287,14 @@ class ManiSkill:
     return (self._layer,)
 
   def _picture(self) -> np.ndarray:
-    import cv2
+    self._finish()
+    return rgb(self._layers[self._layer])
 
+  def _finish(self) -> None:
+    """Waits for the picture of the state, and asks for it first where nobody did."""
     if not self._asked:
       self.start_picture()
     self.fetch_picture()
-    picture = self._layers[self._layer]
-    picture = picture if picture.dtype == np.uint8 else (picture * 255).astype(np.uint8)
-    return cv2.cvtColor(picture, cv2.COLOR_RGBA2RGB)
 
   def _signals(self) -> np.ndarray:
     """float32[S] in the order of `episode.SIGNALS`."""
@@ -352,6 +352,13 @@ class ManiSkill:
   def _state(self) -> np.ndarray:
     """float32[...]: poses and velocities of every actor and joint, ManiSkill's flat state."""
     return self._env.get_state()[0].numpy().copy()
+
+
+def rgb(layer: np.ndarray) -> np.ndarray:
+  """uint8[H, W, 3] of what the renderer drew, [H, W, 4] of bytes or of numbers up to 1."""
+  import cv2
+
+  return cv2.cvtColor(layer if layer.dtype == np.uint8 else (layer * 255).astype(np.uint8), cv2.COLOR_RGBA2RGB)
 
 
 def _bare(env: Any, controllers: dict[str, Any]) -> bool:

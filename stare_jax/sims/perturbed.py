@@ -15,6 +15,7 @@ import numpy as np
 from stare_jax import suites
 from stare_jax.sims import SimulatorError, lite, textures
 from stare_jax.sims.bridge import FRAME, Bridge, among, label_layer
+from stare_jax.sims.lanczos import EVERYWHERE, Part
 from stare_jax.sims.maniskill import ManiSkill
 
 _CLEAR = 0.05  # metres between the tool and the bounding box of what is put elsewhere
@@ -80,12 +81,12 @@ class Perturbed(ManiSkill):
     """The picture without what is added to all of it."""
     return super()._picture()
 
-  def _overlaid(self, image: np.ndarray, foreground: np.ndarray) -> np.ndarray:
-    """uint8[H, W, 3] with the overlay over the pixels that are not 0 in uint8[H, W]."""
+  def _overlaid(self, image: np.ndarray, foreground: np.ndarray, part: Part = EVERYWHERE) -> np.ndarray:
+    """A part of a picture, uint8[h, w, 3], with the overlay over the pixels that are not 0 in uint8[h, w]."""
     import cv2
 
     picture, alpha = self._overlay
-    return cv2.copyTo(cv2.addWeighted(image, 1 - alpha, picture, alpha, 0), foreground, image.copy())
+    return cv2.copyTo(cv2.addWeighted(image, 1 - alpha, picture[part], alpha, 0), foreground, image.copy())
 
   def _change_noise(self, sigma: Range) -> None:
     self._noise = textures.noise(self._rng, self._image_size, self._rng.uniform(*sigma))
@@ -267,9 +268,9 @@ class Photographed(Perturbed, Bridge):
   # The table's top in the photograph, pixels of FRAME. The sink has no such plane: all of its photograph counts.
   OUTLINE = ((160, 74), (640, 214), (640, 480), (265, 480), (0, 332), (0, 180))
 
-  def _composed(self) -> np.ndarray:
-    frame = super()._composed()
-    return frame if self._overlay is None else self._overlaid(frame, self._mask)
+  def _composed(self, part: Part) -> np.ndarray:
+    cut = super()._composed(part)
+    return cut if self._overlay is None else self._overlaid(cut, self._mask[part], part)
 
   def _kept(self) -> list[int]:
     return super()._kept() + ([] if self._distractor is None else [self._distractor.per_scene_id])

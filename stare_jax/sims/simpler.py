@@ -21,7 +21,8 @@ import numpy as np
 
 from stare_jax.episode import SIGNALS
 from stare_jax.sims import SimulatorError
-from stare_jax.sims.bridge import _INTRINSICS, FRAME, FULL_FROM, _photograph, decode, resized
+from stare_jax.sims.bridge import _INTRINSICS, FRAME, FULL_FROM, _photograph, decode
+from stare_jax.sims.lanczos import resized
 from stare_jax.sims.maniskill import _joints
 
 _CAMERA = "3rd_view_camera"
