@@ -355,6 +355,23 @@ class Progress:
     self.close()
 
 
+def reading(phase: str, *, quiet: bool = False, stream: TextIO | None = None) -> Callable[[int, int], None]:
+  """A bar in MB for who calls it with (bytes read so far, bytes in all); none below a GB, which takes no time.
+
+  Args: as of `Progress`.
+  """
+  bars: list[Progress] = []
+
+  def show(done: int, total: int) -> None:
+    if not bars:
+      bars.append(Progress(phase, total // 10**6, unit="MB", stream=stream, quiet=quiet or total < 10**9))
+    bars[0].update(done // 10**6 - bars[0].done)
+    if done == total:
+      bars[0].close()
+
+  return show
+
+
 # --- video ---
 
 

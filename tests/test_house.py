@@ -20,7 +20,7 @@ PACKAGE = "stare_jax"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
   "main": ("config", "pipeline", "processes"),
   "study": ("config", "evaluate", "pipeline", "report", "tasks"),
-  "convert": ("checkpoint", "policies", "pipeline"),
+  "convert": ("checkpoint", "policies", "pipeline", "report"),
   "pipeline": (
     "losses", "policies", "tasks", "sims", "rollout", "stages", "batching", "dataset", "train", "sharding",
     "checkpoint", "evaluate", "report", "config", "episode", "processes", "suites",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 from stare_jax import checkpoint, convert, pipeline_check, pipeline_policy, pipeline_run, policies, sharding, train
 from stare_jax.checkpoint import CheckpointError
 from stare_jax.config import LEFT_OPEN, ConfigError
-from stare_jax.policies import lora, openvla, openvla_config, openvla_files, tensor_files
+from stare_jax.policies import lora, openvla, openvla_config, openvla_files, openvla_names, tensor_files
 from tests import toy_run
 
 FUSED = [public.DINO, public.SIGLIP]
@@ -50,6 +51,13 @@ def one_device(monkeypatch):
   jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_reading_says_how_far_it_is(folder):
+  config, told = openvla_files.folder_config(folder), []
+  openvla_files.read_params(folder, config, progress=lambda *of: told.append(of))
+  steps = [TENSORS[t.name].nbytes for t in openvla_names.tensors(config) if t.path]
+  assert told == [(done, sum(steps)) for done in itertools.accumulate(steps)]
 
 
 # Statistics and tokenizer ----------------------------------------------------------------------------------

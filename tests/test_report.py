@@ -173,6 +173,17 @@ def test_progress_counts_only_this_launch_and_can_be_silent():
   assert silent.getvalue() == ""
 
 
+def test_what_is_read_is_shown_in_megabytes_if_there_is_much_of_it():
+  out = io.StringIO()
+  show = report.reading("weights", stream=out)
+  for done in (0.5e9, 1.9e9, 2.5e9):
+    show(int(done), int(2.5e9))
+  assert out.getvalue().startswith("weights 2500/2500 (100%)") and out.getvalue().count("\n") == 1
+  little = io.StringIO()
+  report.reading("weights", stream=little)(10**6, 10**6)
+  assert little.getvalue() == ""
+
+
 def test_progress_on_a_terminal_is_a_bar():
   class Terminal(io.StringIO):
     def isatty(self):

@@ -103,11 +103,18 @@ def folder_config(folder: str | os.PathLike, options: Mapping[str, Any] | None =
 
 
 def read_params(
-  folder: str | os.PathLike, config: Config, *, mesh: Mesh | None = None, key: jax.Array | None = None
+  folder: str | os.PathLike,
+  config: Config,
+  *,
+  mesh: Mesh | None = None,
+  key: jax.Array | None = None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Params:
   """The parameters of a folder in config.param_dtype, placed on the mesh; see `load`.
 
   The value head comes from the folder's value_head.safetensors, in that file's dtype, or starts anew from `key`.
+
+    progress: called after each tensor with the bytes of the files that were read, and of all that will be.
   """
   table, entries = names.tensors(config), tensor_files.read_folder(folder)
   names.check_shapes(str(folder), table, {name: e.shape for name, e in entries.items()})
@@ -120,6 +127,7 @@ def read_params(
   where = {path: _place(path, shape, mesh) for path, shape in full.items()}
   leaves: dict[str, jax.Array] = {}
   staged: dict[str, np.ndarray] = {}
+  done, total = 0, sum(entry.nbytes for _, entry, _ in jobs)
   for t, entry, dtype in jobs:
     path, shape = t.path, full[t.path]
     if math.prod(shape) * dtype.itemsize <= STAGED_BYTES:
@@ -127,6 +135,7 @@ def read_params(
     else:
       # Waiting keeps the host from reading ahead of the device: every tensor on its way is a copy in memory.
       leaves[path] = jax.block_until_ready(_fill(leaves.get(path), t, entry, shape, dtype, where[path]))
+    progress(done := done + entry.nbytes, total)
   places = {path: where[path] for path in staged}
   params = names.nest(leaves | (jax.device_put(staged) if mesh is None else sharding.place(staged, places)))
   if "value" not in params:
