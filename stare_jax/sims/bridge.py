@@ -225,7 +225,7 @@ class Bridge(ManiSkill):
     return mask
 
   def _composed(self, part: Part) -> np.ndarray:
-    """uint8[h, w, 3]: a part of the frame."""
+    """uint8[h, w, 3]: a part of the frame, in which `_mask` says where the photograph is hidden."""
     import cv2
 
     return cv2.copyTo(rgb(self._layers[self._layer][part]), self._mask[part], self._background[part].copy())

@@ -18,28 +18,27 @@ def resized(frame: np.ndarray, size: int) -> np.ndarray:
 
   Every row by itself first, then every column: Pillow 13 chooses by the shape, and a part has another than the whole.
   """
-  narrow = _lanczos(frame, (size, len(frame)), (0, 0, frame.shape[1], len(frame)))
-  return _lanczos(narrow, (size, size), (0, 0, size, len(frame)))
+  return Background(frame, size).whole
 
 
 class Background:
   """A frame that stays, resized, and what of it has to be resized again where others differ from it."""
 
   def __init__(self, frame: np.ndarray, size: int):
-    """Of uint8[H, W, 3], for pictures of uint8[size, size, 3]."""
+    """Of uint8[H, W, 3]; `whole` is uint8[size, size, 3], all of it resized."""
     self.frame, self._size = frame, size
     self._narrow = _lanczos(frame, (size, len(frame)), (0, 0, frame.shape[1], len(frame)))
-    self._whole = _lanczos(self._narrow, (size, size), (0, 0, size, len(frame)))
+    self.whole = _lanczos(self._narrow, (size, size), (0, 0, size, len(frame)))
 
   def resized(self, cut: Callable[[Part], np.ndarray], parts: Sequence[Part]) -> np.ndarray:
     """As `resized` makes it of a frame that differs from the background in no other than these parts, to the byte.
 
     Args:
       cut: a part of that frame, uint8[h, w, 3].
-      parts: they may touch or overlap; the smaller they are together, the less there is to do.
+      parts: none of them empty; they may touch or overlap. The smaller they are together, the less there is to do.
     """
     size, (height, width) = self._size, self.frame.shape[:2]
-    narrow, whole = self._narrow.copy(), self._whole.copy()
+    narrow, whole = self._narrow.copy(), self.whole.copy()
     columns = [seen_from(part[1].start, part[1].stop, width, size) for part in parts]
     for (rows, _), across in zip(parts, columns, strict=True):
       read, (left, right) = _read(across, width, size)
