@@ -237,34 +237,39 @@ def test_the_shorter_shader_draws_the_same_pixels(name):
     np.testing.assert_array_equal(ours.signals, minimal.signals)
 
 
-def test_the_shader_without_a_sky():
-  """Of SAPIEN's file nothing but the light of the sky is left out; a file that is not understood is an error."""
+def test_the_shorter_shader_is_sapiens():
+  """But for the light of the sky, which is left out, and the layer of positions; another file is an error."""
   root = pathlib.Path(importlib.util.find_spec("sapien").origin).parent
   whole = (root / "vulkan_shader/minimal/gbuffer.frag").read_text()
-  left_out = [line for line in difflib.ndiff(whole.split("\n"), lite.without_sky(whole).split("\n")) if line[0] != " "]
-  assert len(left_out) == 5 and {line[0] for line in left_out} == {"-"}
-  assert "".join(left_out).count("color += ") == 2 and "ambientLight" not in "".join(left_out)
+  changes = list(difflib.ndiff(whole.split("\n"), lite.shortened(whole).split("\n")))
+  added = [line.split() for line in changes if line[0] == "+"]
+  assert [" ".join(line) for line in added] == [
+    "+ layout(location = 1) out vec4 outEntity;", "+ outEntity = vec4(inSegmentation[1], 0, 0, 1);"
+  ]  # fmt: skip
+  left_out = "".join(line for line in changes if line[0] == "-")
+  assert left_out.count("\n") == 0 and left_out.count("- ") == 7
+  assert left_out.count("color += ") == 2 and left_out.count("PositionSegmentation") == 2
+  assert "ambientLight" not in left_out and "outColorRaw" not in left_out
   with pytest.raises(sims.SimulatorError, match="0 times, expected once"):
-    lite.without_sky(lite.without_sky(whole))
+    lite.shortened(lite.shortened(whole))
 
 
 def test_a_layer_is_laid_over_as_the_renderer_draws(rng):
   """Against a loop over pixels, half of them at equal depth: there it keeps what it draws later."""
-  depth, number = "GbufferDepth", "PositionSegmentation"
+  depth, number = "GbufferDepth", "Entity"
 
   def drawn(numbers):
     there = rng.integers(0, 2, (12, 15))
-    entity = np.concatenate([rng.integers(-9, 9, (12, 15, 3)), rng.choice(numbers, (12, 15, 1))], axis=-1)
     return {
       "ColorRaw": (there[..., None] * rng.integers(1, 256, (12, 15, 4))).astype(np.uint8),
       depth: np.where(there, rng.integers(1, 4, there.shape) / 4, 1).astype(np.float32),
-      number: (there[..., None] * entity).astype(np.int16),
+      number: (there * rng.choice(numbers, (12, 15))).astype(np.float32),
     }
 
   rest, over = drawn([3, 8]), drawn([5])
   wanted = {name: layer.copy() for name, layer in rest.items()}
   for at in np.ndindex(12, 15):
-    first, second = sorted((rest, over), key=lambda layers: layers[number][at][3])  # as they are drawn
+    first, second = sorted((rest, over), key=lambda layers: layers[number][at])  # as they are drawn
     seen = second if second[depth][at] <= first[depth][at] else first
     for name, layer in wanted.items():
       layer[at] = seen[name][at]
@@ -333,7 +338,7 @@ def test_parts_are_resized_as_in_the_whole_frame(rng, height, width, size):
 
 
 def test_busy_parts_hold_what_is_seen(rng):
-  """All of it, in the smallest box of each strip, however the pixels lie."""
+  """All of it, in boxes that could not be smaller, and no box where a strip has a wide gap."""
   for share in (0, 1e-5, 1e-3, 0.5):
     mask = np.where(rng.random((480, 640)) < share, 255, 0).astype(np.uint8)
     left = mask.copy()
@@ -344,12 +349,14 @@ def test_busy_parts_hold_what_is_seen(rng):
 
 
 def test_pixels_of_some_entities(rng):
-  labels = rng.integers(-2, 12, (30, 40))
-  for dtype in (np.int16, np.int32):
-    for wanted in ([3], [7, 3, 4, 5, 5], [-2, 0, 2, 11]):
+  labels = rng.integers(0, 12, (30, 40))
+  for dtype in (np.uint8, np.int16, np.int32):
+    for wanted in ([3], [7, 3, 4, 5, 5], [0, 2, 11]):
       mask = bridge.among(labels.astype(dtype), wanted)
       np.testing.assert_array_equal(mask, np.where(np.isin(labels, wanted), 255, 0))
       assert mask.dtype == np.uint8
+  with pytest.raises(sims.SimulatorError, match="256 entities, expected at most 255"):
+    bridge.among(labels.astype(np.uint8), [3, 256])
 
 
 @pytest.mark.sim
@@ -365,10 +372,10 @@ from stare_jax import sims, tasks
 from stare_jax.sims import maniskill
 name, large = sys.argv[1], np.float32([0.05] * 3 + [3] * 3 + [1])
 env = maniskill.make(**sims.spec(tasks.get(name), 64), draw=False)
-arm, joints = env._arm, env._robot.get_active_joints()
-assert arm is not None, "ManiSkill's controller is no longer one that `Arm` copies"
-def play(arm, seed):
-  env._arm = arm
+ours, joints = env._controllers, env._robot.get_active_joints()
+assert ours is not None, "ManiSkill's controllers are no longer those that `Arm` and `Gripper` copy"
+def play(controllers, seed):
+  env._controllers = controllers
   env.reset(seed)
   rng, rows = np.random.default_rng(seed), []
   for _ in range(30):
@@ -376,8 +383,8 @@ def play(arm, seed):
     rows.append(np.concatenate([*(joint.get_drive_target() for joint in joints), env._state()]))
   return np.stack(rows)
 for seed in range(4):
-  np.testing.assert_array_equal(play(arm, seed), play(None, seed))
-assert np.ptp(play(arm, 1), axis=0).max() > 0.1, "nothing moved"
+  np.testing.assert_array_equal(play(ours, seed), play(None, seed))
+assert np.ptp(play(ours, 1), axis=0).max() > 0.1, "nothing moved"
 
 import torch
 from mani_skill.utils.geometry import rotation_conversions as theirs

@@ -134,21 +134,24 @@ def test_one_environment_moves_while_another_is_drawn():
   assert answers == [(2, None), (0, None), (1, None)]
   assert notes == [
     "move c", "start c",
-    "move a", "fetch c", "start a", "see c", "answer c",
-    "move b", "fetch a", "start b", "see a", "answer a",
-    "fetch b", "see b", "answer b",
+    "move a", "fetch c", "start a",
+    "move b", "fetch a", "start b", "see c", "answer c",
+    "see a", "answer a", "see b", "answer b",
   ]  # fmt: skip
   assert list(worker._serve(environments, slots, "snapshot", [(1, None)])) == [(1, b"state")]
+  assert list(worker._serve(environments, slots, "step", [])) == []
+  for order in ([(1, None)], [(1, None), (0, None)]):
+    assert list(worker._serve(environments, slots, "step", order)) == order
 
 
-def test_an_exception_while_another_is_drawn_leaves_both_unanswered():
-  """What was drawn is not answered with a picture that nobody fetched; the pool counts both as lost."""
+def test_an_exception_while_others_are_drawn_leaves_them_unanswered():
+  """What was drawn is not answered with a picture that nobody looked at; the pool counts it as lost."""
   notes, answered = [], []
-  slots = types.SimpleNamespace(actions=np.zeros((3, 7)), images=np.zeros(3), signals=np.zeros(3))
-  environments = {i: Slow("abc"[i], notes) for i in range(3)}
+  slots = types.SimpleNamespace(actions=np.zeros((4, 7)), images=np.zeros(4), signals=np.zeros(4))
+  environments = {i: Slow("abcd"[i], notes) for i in range(4)}
   environments[1].step = lambda action: 1 / 0
   with pytest.raises(ZeroDivisionError):
-    for env, _ in worker._serve(environments, slots, "step", [(2, None), (0, None), (1, None)]):
+    for env, _ in worker._serve(environments, slots, "step", [(2, None), (0, None), (3, None), (1, None)]):
       answered.append(env)
   assert answered == [2] and notes[-1] == "see c"
 

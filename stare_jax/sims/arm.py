@@ -1,4 +1,4 @@
-"""The controllers of the arms in numpy: the joint targets of an action. Runs in the worker."""
+"""The controllers of the arms and their grippers in numpy: the joint targets of an action. Runs in the worker."""
 
 from __future__ import annotations
 
@@ -89,6 +89,37 @@ class Arm:
     inverse = _conjugate(root.q)
     origin = _rotate(inverse, -root.p)
     return origin + _rotate(inverse, hand.p), _standard(_multiply(inverse, hand.q))
+
+
+class Gripper:
+  """ManiSkill's `PDJointPosMimicController` with targets on one CPU environment: one number moves both fingers.
+
+  The same operations in the same precision (float32), without tensors. Tests compare the two.
+  """
+
+  def __init__(self, controller: Any):
+    low, high = (limit.numpy()[0] for limit in (controller.action_space_low, controller.action_space_high))
+    self._middle, self._half = np.float32(0.5) * (high + low), np.float32(0.5) * (high - low)
+    ways = zip(controller._multiplier.numpy(), controller._offset.numpy(), strict=True)
+    follows = dict(zip(controller.mimic_joint_indices.reshape(-1).tolist(), ways, strict=True))
+    self._joints = [(joint._objs[0], follows.get(i)) for i, joint in enumerate(controller.joints)]
+
+  @classmethod
+  def of(cls, controller: Any) -> Gripper | None:
+    """A `Gripper` for exactly the configurations that it copies; None for any other controller."""
+    from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicController
+
+    if type(controller) is not PDJointPosMimicController:
+      return None
+    config = controller.config
+    copied = not (config.use_delta or config.interpolate) and config.normalize_action and controller.effective_dof == 1
+    return cls(controller) if copied else None
+
+  def set_action(self, action: np.ndarray) -> None:
+    """Moves the joint targets to where float32[1], -1 to 1, is between their limits."""
+    target = self._middle + self._half * np.clip(action[0], np.float32(-1), np.float32(1))
+    for joint, way in self._joints:
+      joint.set_drive_target(target if way is None else target * way[0] + way[1])
 
 
 def _torch() -> Any:

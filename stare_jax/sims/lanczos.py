@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fractions
 import math
 from collections.abc import Callable, Sequence
 
@@ -57,15 +56,16 @@ def seen_from(first: int, last: int, length: int, size: int) -> slice:
 
   It begins and ends between two pixels of both: a part is then the same sum of the same pixels as in the whole.
   """
-  ratio = fractions.Fraction(length, size)
-  reach, whole = math.ceil(_LOBES / min(ratio, 1)) + 1, ratio.denominator
-  start, stop = (first / ratio - reach) / whole, (last / ratio + reach) / whole
-  return slice(max(math.floor(start) * whole, 0), min(math.ceil(stop) * whole, size))
+  common = math.gcd(length, size)  # one in `whole` edges between pixels is one between `ratio` of the others
+  whole, ratio = size // common, length // common
+  reach = -(-_LOBES * max(whole, ratio) // ratio) + 1
+  start, stop = (first * whole - reach * ratio) // (ratio * whole), -((-last * whole - reach * ratio) // (ratio * whole))
+  return slice(max(start * whole, 0), min(stop * whole, size))
 
 
 def _read(seen: slice, length: int, size: int) -> tuple[slice, tuple[int, int]]:
   """The pixels of which those in `seen` (see `seen_from`) are sums, and where among them `seen` begins and ends."""
-  reach = math.ceil(_LOBES * max(length / size, 1)) + 1
+  reach = -(-_LOBES * max(length, size) // size) + 1
   start, stop = seen.start * length // size, seen.stop * length // size
   first = max(start - reach, 0)
   return slice(first, min(stop + reach, length)), (start - first, stop - first)

@@ -23,8 +23,9 @@ import numpy as np
 
 from stare_jax.sims import SimulatorError
 
-BARE = "bare"  # the shader pack of `register_bare`
-_PANDA, _SHADERS = 1, 2  # versions of the two recipes below: a change of one makes a new cache folder
+BARE = "bare"  # the shader pack of `register_bare`, and its layers beside the depth:
+COLOUR, ENTITY = "ColorRaw", "Entity"  # uint8[H, W, 4]; float32[H, W], the number of what a pixel shows, 0 for nothing
+_PANDA, _SHADERS = 1, 3  # versions of the two recipes below: a change of one makes a new cache folder
 _MIN_FACES = 60
 _CREASE = 35.0  # degrees; sharper edges keep flat shading
 
@@ -96,26 +97,29 @@ def _decimate(path: pathlib.Path, ratio: float) -> None:
 
 
 def register_bare() -> None:
-  """Makes ManiSkill know the shader pack `BARE`: SAPIEN's "minimal" without the sky, which none of the scenes has.
+  """Makes ManiSkill know the shader pack `BARE`: SAPIEN's "minimal" without what no picture of ours needs.
 
-  Its second pass goes over every pixel and puts the sky behind what the first one drew: black where there is black. In
-  software it is half of what drawing 640 x 480 pixels takes. Its first pass adds the light that the sky sheds, which
-  is 0, at the price of three looks into a texture for every pixel of every triangle.
+  The second pass of "minimal" goes over every pixel and puts the sky behind what the first one drew: black where there
+  is black, as none of the scenes has a sky. In software it is half of what drawing 640 x 480 pixels takes. Its first
+  pass adds the light that the sky sheds, which is 0, at the price of three looks into a texture for every pixel of
+  every triangle; and it writes where in space a pixel lies beside the entity that it shows, eight bytes to be written,
+  fetched and picked apart, where `ENTITY` has four.
   """
   import sapien.render
   from mani_skill.render import shaders
 
   version = importlib.metadata.version("sapien")
   folder = str(_cached(f"shaders-lite{_SHADERS}-sapien{version}", _write_shaders) / BARE)
-  known, minimal = shaders.PREBUILT_SHADER_CONFIGS, shaders.PREBUILT_SHADER_CONFIGS["minimal"]
-  renamed = {"Color": "ColorRaw"}  # what the first pass leaves
-  known[BARE] = shaders.ShaderConfig(
+  shaders.PREBUILT_SHADER_CONFIGS[BARE] = shaders.ShaderConfig(
     shader_pack=folder,
-    texture_names={renamed.get(name, name): kinds for name, kinds in minimal.texture_names.items()},
-    texture_transforms={renamed.get(name, name): change for name, change in minimal.texture_transforms.items()},
+    texture_names={COLOUR: ["rgb"], ENTITY: ["segmentation"]},
+    texture_transforms={
+      COLOUR: lambda layer: {"rgb": layer[..., :3]},
+      ENTITY: lambda layer: {"segmentation": layer[..., None].short()},
+    },
   )
-  sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")  # as ManiSkill does for "minimal"
-  sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
+  sapien.render.set_picture_format(COLOUR, "r8g8b8a8unorm")  # as ManiSkill does for "minimal"
+  sapien.render.set_picture_format(ENTITY, "r32sfloat")  # SAPIEN has no integer of one channel
 
 
 def _write_shaders(out: pathlib.Path) -> None:
@@ -125,21 +129,31 @@ def _write_shaders(out: pathlib.Path) -> None:
   shutil.copytree(source / "common", out / "common")  # which the pack's files include
   shutil.copytree(source / "minimal", out / BARE, ignore=shutil.ignore_patterns("composite*"))
   path = out / BARE / "gbuffer.frag"
-  path.write_text(without_sky(path.read_text()))
+  path.write_text(shortened(path.read_text()))
 
 
-_SKYLIGHT = r"  vec3 wnormal = [^;]*;\s*color \+= diffuseIBL\([^;]*;\s*color \+= specularIBL\([^;]*;\n"
+_SHORTER = (  # of minimal/gbuffer.frag: what it does, how that is written, what takes its place
+  (
+    "adds the light of the sky",
+    r"  vec3 wnormal = [^;]*;\s*color \+= diffuseIBL\([^;]*;\s*color \+= specularIBL\([^;]*;\n",
+    "",
+  ),
+  ("declares a layer of positions", r"out ivec4 outPositionSegmentation;", f"out vec4 out{ENTITY};"),
+  # The fourth number is how much of it is seen: layers of floats are blended.
+  ("writes it", r"outPositionSegmentation = .*;", f"out{ENTITY} = vec4(inSegmentation[1], 0, 0, 1);"),
+)
 
 
-def without_sky(shader: str) -> str:
-  """The source of SAPIEN's fragment shader without the light of the sky: without a sky it adds 0 to the colour."""
-  shorter, found = re.subn(_SKYLIGHT, "", shader)
-  if found != 1:
-    raise SimulatorError(
-      f"SAPIEN's minimal/gbuffer.frag adds the light of the sky {found} times, expected once; "
-      f'fit {__name__}._SKYLIGHT to this version of it, or draw with shader="minimal"'
-    )
-  return shorter
+def shortened(shader: str) -> str:
+  """The source of SAPIEN's fragment shader as `register_bare` says: without a sky it draws the same colours."""
+  for what, written, instead in _SHORTER:
+    shader, found = re.subn(written, instead, shader)
+    if found != 1:
+      raise SimulatorError(
+        f"SAPIEN's minimal/gbuffer.frag {what} {found} times, expected once; "
+        f'fit {__name__}._SHORTER to this version of it, or draw with shader="minimal"'
+      )
+  return shader
 
 
 def render_body(entity: Any) -> Any:

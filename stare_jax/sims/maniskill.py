@@ -21,7 +21,7 @@ import numpy as np
 
 from stare_jax.episode import SIGNALS
 from stare_jax.sims import SimulatorError, lite, load
-from stare_jax.sims.arm import Arm
+from stare_jax.sims.arm import Arm, Gripper
 
 _SNAPSHOT_VERSION = 2
 _GRASP_FORCE = 0.5  # newtons per finger, and
@@ -85,7 +85,7 @@ class ManiSkill:
     self._image_size, self._mesh_ratio, self._draw = image_size, mesh_ratio, draw
     if shader == lite.BARE:
       lite.register_bare()
-    self._layer = "ColorRaw" if shader == lite.BARE else "Color"
+    self._layer = lite.COLOUR if shader == lite.BARE else "Color"
     # SAPIEN builds a camera at its first picture with the pack that was named last, which is the other camera's.
     second = dict(human_render_camera_configs=dict(shader_pack=shader))
     options = self._arguments(camera, shader) | second | dict(render_backend=render_backend) | env_options
@@ -205,8 +205,7 @@ class ManiSkill:
     (sensor,) = env._sensors.values()
     self._camera = sensor.camera._render_cameras[0]
     controllers = getattr(agent.controller, "controllers", {})
-    self._arm = Arm.of(controllers.get("arm")) if list(controllers) == ["arm", "gripper"] else None
-    self._gripper = controllers.get("gripper")
+    self._controllers = _in_numpy(controllers)
     self._bare = _bare(env, controllers)
     agent.is_grasping = self._is_grasping  # `evaluate` asks it too: ours reads the contacts once, without torch
 
@@ -257,11 +256,12 @@ class ManiSkill:
   # ---------------------------------------------------------------------------------------------------- one step
 
   def _set_action(self, action: np.ndarray) -> None:
-    if self._arm is None:
+    if self._controllers is None:
       self._env.agent.set_action(_torch().from_numpy(action)[None])
     else:
-      self._arm.set_action(action[:6])
-      self._gripper.set_action(_torch().from_numpy(action[None, 6:]))
+      arm, gripper = self._controllers
+      arm.set_action(action[:6])
+      gripper.set_action(action[6:])
 
   def _simulate(self) -> None:
     """The physics substeps of one control step, with the environment's own hooks around them (as `_step_action`)."""
@@ -309,10 +309,14 @@ class ManiSkill:
       qvel=_joints(robot.get_qvel()),
       finger_force=[np.linalg.norm(self._force(finger, body.entity)) for finger in self._fingers],
       grasped=self._is_grasping(self._object).numpy(),
-      success=self._env.evaluate()["success"].numpy(),
+      success=self._success(),
     )
     self._contacts = None
     return np.concatenate([np.asarray(values[name], np.float32).reshape(-1) for name in SIGNALS])
+
+  def _success(self) -> Any:
+    """What the environment says of the state, a truth value."""
+    return self._env.evaluate()["success"].numpy()
 
   def _goal_pose(self) -> np.ndarray:
     if hasattr(self._goal, "_bodies"):
@@ -359,6 +363,14 @@ def rgb(layer: np.ndarray) -> np.ndarray:
   import cv2
 
   return cv2.cvtColor(layer if layer.dtype == np.uint8 else (layer * 255).astype(np.uint8), cv2.COLOR_RGBA2RGB)
+
+
+def _in_numpy(controllers: dict[str, Any]) -> tuple[Arm, Gripper] | None:
+  """The controllers of an arm and its gripper in numpy, where ManiSkill's are these two and both have one."""
+  if list(controllers) != ["arm", "gripper"]:
+    return None
+  arm, gripper = Arm.of(controllers["arm"]), Gripper.of(controllers["gripper"])
+  return None if arm is None or gripper is None else (arm, gripper)
 
 
 def _bare(env: Any, controllers: dict[str, Any]) -> bool:

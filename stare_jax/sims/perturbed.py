@@ -253,7 +253,7 @@ class Table(Perturbed):
     if self._overlay is None:
       return image
     behind = [self._env.scene.actors[name]._objs[0].per_scene_id for name in ("table-workspace", "ground")]
-    foreground = ~among(self._labels()[0], [0, *behind])
+    foreground = ~among(self._labels(), [0, *behind])
     return self._overlaid(np.ascontiguousarray(image), foreground)
 
   def _change_table(self) -> None:

@@ -108,24 +108,30 @@ def _serve(
 ) -> Iterator[tuple[int, Any]]:
   """Does what is asked of each environment; yields (env, answer) in the same order.
 
-  A renderer draws in threads of its own, or on another device. While it draws what one environment shows, the one
-  before gets its picture into shape and the next one moves. It draws one at a time: of two that were asked for, the
-  first could be fetched only once both are drawn.
+  A renderer draws in threads of its own, or on another device. While it draws what one environment shows, another gets
+  its picture into shape and the next one moves. It draws one at a time: of two that were asked for, the first could be
+  fetched only once both are drawn. Two pictures are left to be got into shape while the last one is drawn.
   """
   if kind == "snapshot":
     yield from ((env, environments[env].snapshot()) for env, _ in requests)
     return
-  before: tuple[int, Any] | None = None  # the environment that is being drawn, and its answer
-  for request in (*requests, None):
-    now = request and (request[0], _move(environments[request[0]], slots, kind, *request))
-    if before:
-      _try(environments[before[0]], "fetch_picture")
-    if now:
-      _try(environments[now[0]], "start_picture")
-    if before:
-      environments[before[0]].observe(slots.images[before[0]], slots.signals[before[0]])
-      yield before
-    before = now
+  drawn, drawing = None, None  # environments, each with its answer
+  for env, argument in requests:
+    now = env, _move(environments[env], slots, kind, env, argument)
+    if drawing:
+      _try(environments[drawing[0]], "fetch_picture")
+    _try(environments[env], "start_picture")
+    if drawn:
+      yield _seen(environments, slots, drawn)
+    drawn, drawing = drawing, now
+  yield from (_seen(environments, slots, answer) for answer in (drawn, drawing) if answer)
+
+
+def _seen(environments: dict[int, Environment], slots: Slots, answer: tuple[int, Any]) -> tuple[int, Any]:
+  """The answer of an environment, once what it shows is in its slots."""
+  env = answer[0]
+  environments[env].observe(slots.images[env], slots.signals[env])
+  return answer
 
 
 def _try(environment: Environment, name: str) -> None:
