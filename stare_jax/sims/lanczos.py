@@ -56,10 +56,11 @@ def seen_from(first: int, last: int, length: int, size: int) -> slice:
 
   It begins and ends between two pixels of both: a part is then the same sum of the same pixels as in the whole.
   """
-  common = math.gcd(length, size)  # one in `whole` edges between pixels is one between `ratio` of the others
-  whole, ratio = size // common, length // common
+  common = math.gcd(length, size)
+  whole, ratio = size // common, length // common  # so many pixels of the result are so many of the frame
   reach = -(-_LOBES * max(whole, ratio) // ratio) + 1
-  start, stop = (first * whole - reach * ratio) // (ratio * whole), -((-last * whole - reach * ratio) // (ratio * whole))
+  start = (first * whole - reach * ratio) // (ratio * whole)
+  stop = -((-last * whole - reach * ratio) // (ratio * whole))
   return slice(max(start * whole, 0), min(stop * whole, size))
 
 

@@ -295,7 +295,7 @@ class Photographed(Perturbed, Bridge):
     if self._sink is not None:
       sink = self._env.scene.actors["sink"]
       lite.show(sink, True)
-      self._set(self, "_sink", self._depth_alone(sink))
+      self._set(self, "_sink", self._nearness_alone(sink))
       lite.show(sink, False)
 
   def _onto_image(self) -> np.ndarray:
