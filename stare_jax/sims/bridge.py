@@ -7,6 +7,7 @@ table ("green screen"). An episode's seed decodes to its whole start state, see 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,15 @@ FRAME = (640, 480)  # width and height of the data set's frames, pixels
 FULL_FROM = 224  # pixels; from this image size on the frame is drawn whole and then resized, as OpenVLA was trained
 _STRIP, _GAP = 120, 64  # rows and columns of a frame; smaller ones leave little more out, and each part costs two calls
 _INTRINSICS = np.array([[623.588, 0, 319.501], [0, 623.588, 239.545], [0, 0, 1]])  # of a frame of FRAME
+
+
+@dataclasses.dataclass
+class _Lying:
+  """What is drawn once for as long as it lies still."""
+
+  entity: Any
+  lay: bytes | None = None  # where it was in the last picture
+  over: tuple[Part, dict[str, np.ndarray]] | None = None  # where it is seen, and its layers there
 
 
 class Bridge(ManiSkill):
@@ -88,95 +98,97 @@ class Bridge(ManiSkill):
   def _bind(self) -> None:
     self._env._obs_mode = "none"  # a reset need not draw what nobody reads
     super()._bind()
-    self._sink: np.ndarray | None = None
-    self._lying, self._lay, self._over = None, None, None
+    self._behind, self._replaced, self._lying = None, None, []
     if self._mesh_ratio is not None:
       self._lighten()
     if self._draw:
       self._background = _photograph(self._env.rgb_overlay_paths[_CAMERA], self._frame)
 
   def _lighten(self) -> None:
-    """Draws nothing of what the photograph replaces; the sink, which can hide the eggplant, once for its depth.
+    """Draws nothing of what the photograph replaces; what can hide the eggplant, once for its depth.
 
-    And a goal of many triangles, the towel, once for as long as it lies still.
+    And an object or a goal of many triangles, the spoon and the towel, once for as long as it lies still.
     """
-    actors = self._env.scene.actors
-    lite.show(actors["arena"], False)
-    if not self._draw or lite.ENTITY not in self._camera.get_picture_names():
-      return
-    if "sink" in actors:
-      self._sink = self._nearness_alone(actors["sink"])
-      lite.show(actors["sink"], False)
-    goal = self._goal._objs[0]
-    if lite.triangles(goal) >= _MANY:
-      self._lying = goal
+    arena = self._env.scene.actors["arena"]._objs[0]
+    if not self._draw or lite.DEPTH not in self._camera.get_picture_names():
+      return lite.show(arena, False)
+    kept = self._kept()
+    entities = self._env.scene.sub_scenes[0].entities
+    self._replaced = [e for e in entities if lite.render_body(e) and e.per_scene_id not in kept and e != arena]
+    for entity in (arena, *self._replaced):
+      lite.show(entity, False)
+    self._look_behind()
+    things = self._object._objs[0], self._goal._objs[0]
+    self._lying = [_Lying(thing) for thing in things if lite.triangles(thing) >= _MANY]
 
-  def _nearness_alone(self, actor: Any) -> np.ndarray:
-    """int32[H, W]: `lite.nearness` if there were nothing but `actor`.
+  def _look_behind(self) -> None:
+    """It holds for as long as neither the camera nor what the photograph replaces moves: the sink.
 
-    It holds for as long as neither moves. What lies behind it is then told by a comparison instead of by drawing it
-    with every picture: at 640 x 480 in software, 16 of 28 ms.
+    What lies behind the sink is then told by a comparison instead of by drawing it with every picture: at 640 x 480 in
+    software, 16 of 28 ms.
     """
-    return lite.nearness(self._drawn_alone(actor._objs[0])[lite.ENTITY])
+    self._behind = self._drawn_alone(*self._replaced)[lite.DEPTH]
 
-  def _drawn_alone(self, entity: Any) -> dict[str, np.ndarray]:
-    """The layers of a picture of nothing but `entity`."""
-    others = [e for scene in self._env.scene.sub_scenes for e in scene.entities if e != entity]
-    bodies = [body for other in others if (body := lite.render_body(other))]
-    before = [body.visibility for body in bodies]
-    for body in bodies:
-      body.visibility = 0
+  def _drawn_alone(self, *shown: Any) -> dict[str, np.ndarray]:
+    """The layers of a picture of nothing but these entities."""
+    entities = [e for scene in self._env.scene.sub_scenes for e in scene.entities]
+    bodies = [(e in shown, body) for e in entities if (body := lite.render_body(e))]
+    before = [body.visibility for _, body in bodies]
+    for seen, body in bodies:
+      body.visibility = float(seen)
     super().start_picture()
     super().fetch_picture()
     self._asked = False  # this picture is not the state's
-    for body, visibility in zip(bodies, before, strict=True):
+    for (_, body), visibility in zip(bodies, before, strict=True):
       body.visibility = visibility
     return self._layers
 
   # ---------------------------------------------------------------------------------------------- what lies still
 
-  _lying: Any  # an entity that is drawn once for as long as it lies still, or None
-  _lay: bytes | None  # where it was in the last picture
-  _over: tuple[Part, dict[str, np.ndarray]] | None  # where it is seen, and its layers there
+  _replaced: list[Any] | None  # entities that are drawn once, for their depth; None where labels tell what is seen
+  _behind: np.ndarray | None  # float32[H, W]: that depth, 1 where there is nothing
+  _lying: list[_Lying]  # in the order in which they are drawn
 
   def start_picture(self) -> None:
-    """The towel is half of what there is to draw and seldom moves: then it is drawn once, and laid over the rest."""
-    if self._lying is not None:
-      self._look_at_lying()
+    """The spoon and the towel are most of what there is to draw there, and seldom move: they are laid over the rest."""
+    for thing in self._lying:
+      self._look_at(thing)
     super().start_picture()
 
-  def _look_at_lying(self) -> None:
+  def _look_at(self, thing: _Lying) -> None:
     """Has it drawn with everything else, unless it lies where it lay in the last picture."""
-    pose, body = self._lying.pose, lite.render_body(self._lying)
+    pose, body = thing.entity.pose, lite.render_body(thing.entity)
     lies = pose.p.tobytes() + pose.q.tobytes()
-    if lies != self._lay:
-      self._lay, self._over = lies, None
+    if lies != thing.lay:
+      thing.lay, thing.over = lies, None
       body.visibility = 1
-    elif self._over is None:
-      self._over = self._seen_alone(self._lying)
+    elif thing.over is None:
+      thing.over = self._seen_alone(thing.entity)
       body.visibility = 0
 
   def _seen_alone(self, entity: Any) -> tuple[Part, dict[str, np.ndarray]]:
     import cv2
 
     layers = self._drawn_alone(entity)
-    x, y, width, height = cv2.boundingRect(lite.entities(layers[lite.ENTITY]))
+    x, y, width, height = cv2.boundingRect(cv2.compare(layers[lite.DEPTH], 1.0, cv2.CMP_LT))
     part = slice(y, y + height), slice(x, x + width)
     return part, {name: layer[part].copy() for name, layer in layers.items()}
 
   def fetch_picture(self) -> None:
     new = self._layers is None
     super().fetch_picture()
-    if new and self._over is not None:
-      part, over = self._over
-      lay_over({name: layer[part] for name, layer in self._layers.items()}, over)
+    for thing in self._lying:
+      if new and thing.over is not None:
+        part, over = thing.over
+        lay_over({name: layer[part] for name, layer in self._layers.items()}, over)
 
   def _before_start(self) -> None:
     """The start state settles in physics steps, as in a scene just built: bodies awake, the robot as it is loaded.
 
     Where the last episode left the arm it could touch what settles now.
     """
-    self._lay = None  # it may lie there in another light, before another camera
+    for thing in self._lying:
+      thing.lay = None  # it may lie there in another light, before another camera
     self._wake()
     robot = self._env.agent.robot
     articulation = robot._objs[0]
@@ -210,7 +222,7 @@ class Bridge(ManiSkill):
   # ------------------------------------------------------------------------------------------------ what it shows
 
   def _needed(self) -> tuple[str, ...]:
-    return *super()._needed(), label_layer(self._camera)
+    return *super()._needed(), lite.DEPTH if self._replaced is not None else label_layer(self._camera)
 
   def _picture(self) -> np.ndarray:
     """The robot and the objects before the photograph: the frame, resized where it shows more than the photograph.
@@ -229,10 +241,9 @@ class Bridge(ManiSkill):
     """uint8[H, W]: 255 where the last picture shows what the photograph does not replace, else 0."""
     import cv2
 
-    mask = among(self._labels(), self._kept())
-    if self._sink is not None:
-      mask &= cv2.compare(lite.nearness(self._layers[lite.ENTITY]), self._sink, cv2.CMP_GE)
-    return mask
+    if self._replaced is None:
+      return among(self._labels(), self._kept())
+    return cv2.compare(self._layers[lite.DEPTH], self._behind, cv2.CMP_LT)
 
   def _composed(self, part: Part) -> np.ndarray:
     """uint8[h, w, 3]: a part of the frame, in which `_mask` says where the photograph is hidden."""
@@ -247,7 +258,7 @@ class Bridge(ManiSkill):
     name = label_layer(self._camera)
     found = self._layers[name]
     if name == lite.ENTITY:
-      return lite.entities(found)
+      return cv2.convertScaleAbs(found)
     return cv2.extractChannel(found, 3) if name == _TOGETHER else found[..., 1].astype(np.int32)
 
   def _kept(self) -> list[int]:
@@ -260,15 +271,15 @@ class Bridge(ManiSkill):
 def lay_over(layers: dict[str, np.ndarray], over: dict[str, np.ndarray]) -> None:
   """Writes into `layers`, [H, W, ...] each, what the renderer would have drawn with what was drawn alone in `over`.
 
-  It keeps what is nearer, and of two at the same depth the one that it draws later: the one with the higher number.
+  It keeps what is nearer, and of two at the same depth the one that it draws later: that is `over`, as the robot is
+  drawn first. (A distractor is drawn last. In the rare pixel where it is as far as `over`, that is seen.)
   """
   import cv2
 
-  behind, before = (lite.nearness(drawn[lite.ENTITY]) for drawn in (layers, over))
-  later = lite.entities(over[lite.ENTITY]) > lite.entities(layers[lite.ENTITY])
-  seen = ((before > behind) | ((before == behind) & later)).view(np.uint8)
-  for name, layer in layers.items():
-    cv2.copyTo(over[name], seen, layer)
+  if over[lite.DEPTH].size:  # else it is out of sight
+    seen = cv2.compare(over[lite.DEPTH], layers[lite.DEPTH], cv2.CMP_LE)
+    for name, layer in layers.items():
+      cv2.copyTo(over[name], seen, layer)
 
 
 def label_layer(camera: Any) -> str:
@@ -288,8 +299,11 @@ def among(labels: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
   import cv2
 
   numbers = np.unique(list(wanted))
-  if labels.dtype == np.uint8 and numbers[-1] > lite.MOST:
-    raise SimulatorError(f'a scene of {numbers[-1]} entities, expected at most {lite.MOST}; draw with shader="minimal"')
+  if numbers[-1] > np.iinfo(labels.dtype).max:
+    raise SimulatorError(
+      f"a scene of {numbers[-1]} entities, expected at most {np.iinfo(labels.dtype).max}, of which {labels.dtype} can "
+      'hold the numbers; draw with shader="minimal"'
+    )
   mask = np.zeros(labels.shape, np.uint8)
   for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
     mask |= cv2.inRange(labels, int(run[0]), int(run[-1]))

@@ -23,10 +23,10 @@ import numpy as np
 
 from stare_jax.sims import SimulatorError
 
-BARE = "bare"  # the shader pack of `register_bare`, and its layers:
-COLOUR, ENTITY = "ColorRaw", "Entity"  # uint8[H, W, 4]; [H, W] of four bytes, for `entities` and `nearness`
-MOST = 126  # entities of a scene: above them the four bytes are no number, and layers of numbers are all that there are
-_PANDA, _SHADERS = 1, 4  # versions of the two recipes below: a change of one makes a new cache folder
+BARE = "bare"  # the shader pack of `register_bare`, and its layers beside DEPTH:
+COLOUR, ENTITY = "ColorRaw", "Entity"  # uint8[H, W, 4]; float32[H, W], the number of what a pixel shows, 0 for nothing
+DEPTH = "GbufferDepth"  # of every shader pack; float32[H, W], what the renderer compares, 1 for nothing
+_PANDA, _SHADERS = 1, 3  # versions of the two recipes below: a change of one makes a new cache folder
 _MIN_FACES = 60
 _CREASE = 35.0  # degrees; sharper edges keep flat shading
 
@@ -104,7 +104,7 @@ def register_bare() -> None:
   is black, as none of the scenes has a sky. In software it is half of what drawing 640 x 480 pixels takes. Its first
   pass adds the light that the sky sheds, which is 0, at the price of three looks into a texture for every pixel of
   every triangle; and it writes where in space a pixel lies beside the entity that it shows, in eight bytes. `ENTITY`
-  has four, and they tell of two things which is nearer, as the renderer's depth does, which need not be fetched then.
+  has four.
   """
   import sapien.render
   from mani_skill.render import shaders
@@ -116,26 +116,11 @@ def register_bare() -> None:
     texture_names={COLOUR: ["rgb"], ENTITY: ["segmentation"]},
     texture_transforms={
       COLOUR: lambda layer: {"rgb": layer[..., :3]},
-      ENTITY: lambda layer: {"segmentation": (layer[..., None].view(dtype=_torch().int32) >> 24).short()},
+      ENTITY: lambda layer: {"segmentation": layer[..., None].short()},
     },
   )
   sapien.render.set_picture_format(COLOUR, "r8g8b8a8unorm")  # as ManiSkill does for "minimal"
-  sapien.render.set_picture_format(ENTITY, "r32sfloat")  # the only one of four bytes beside colours
-
-
-def entities(layer: np.ndarray) -> np.ndarray:
-  """uint8[H, W] of the layer `ENTITY`: the number in its scene of what a pixel shows, from 1 on; 0 for nothing."""
-  import cv2
-
-  return cv2.extractChannel(layer.view(np.uint8).reshape(*layer.shape, 4), 3)
-
-
-def nearness(layer: np.ndarray) -> np.ndarray:
-  """int32[H, W] of the layer `ENTITY`: larger where what a pixel shows is nearer; 0 for nothing.
-
-  (1 - the renderer's depth) * 2^24, exact from twice the distance of the near plane on: 2 cm.
-  """
-  return layer.view(np.int32) & 0xFFFFFF
+  sapien.render.set_picture_format(ENTITY, "r32sfloat")  # SAPIEN cannot draw one integer
 
 
 def _write_shaders(out: pathlib.Path) -> None:
@@ -148,7 +133,6 @@ def _write_shaders(out: pathlib.Path) -> None:
   path.write_text(shortened(path.read_text()))
 
 
-_FOUR_BYTES = "uintBitsToFloat(inSegmentation[1] << 24 | min(uint((1 - gl_FragCoord.z) * 16777216), 16777215u))"
 _SHORTER = (  # of minimal/gbuffer.frag: what it does, how that is written, what takes its place
   (
     "adds the light of the sky",
@@ -156,8 +140,8 @@ _SHORTER = (  # of minimal/gbuffer.frag: what it does, how that is written, what
     "",
   ),
   ("declares a layer of positions", r"out ivec4 outPositionSegmentation;", f"out vec4 out{ENTITY};"),
-  # The last number says that nothing shines through: layers of numbers are blended.
-  ("writes it", r"outPositionSegmentation = .*;", f"out{ENTITY} = vec4({_FOUR_BYTES}, 0, 0, 1);"),
+  # The fourth number is how much of it is seen: layers of floats are blended.
+  ("writes it", r"outPositionSegmentation = .*;", f"out{ENTITY} = vec4(inSegmentation[1], 0, 0, 1);"),
 )
 
 
@@ -186,11 +170,10 @@ def triangles(entity: Any) -> int:
   return sum(len(part.triangles) for shape in shapes for part in getattr(shape, "parts", ()))
 
 
-def show(actor: Any, visible: bool) -> None:
-  """Puts an actor into every picture or takes it out; its collision shapes stay."""
-  for entity in actor._objs:
-    if (body := render_body(entity)) is not None:
-      body.visibility = float(visible)
+def show(entity: Any, visible: bool) -> None:
+  """Puts an entity into every picture or takes it out; its collision shapes stay."""
+  if (body := render_body(entity)) is not None:
+    body.visibility = float(visible)
 
 
 def enable(ratio: float) -> None:
@@ -232,9 +215,3 @@ def _build_ground(scene, floor_width: int = 100, altitude: float = 0.0, name: st
     body.attach(shape)
     entity.add_component(body)
   return actor
-
-
-def _torch() -> Any:
-  import torch
-
-  return torch
