@@ -25,7 +25,7 @@ from stare_jax.sims import SimulatorError
 
 BARE = "bare"  # the shader pack of `register_bare`, and its layers beside DEPTH:
 COLOUR, ENTITY = "ColorRaw", "Entity"  # uint8[H, W, 4]; float32[H, W], the number of what a pixel shows, 0 for nothing
-DEPTH = "GbufferDepth"  # of every shader pack; float32[H, W], what the renderer compares, 1 for nothing
+DEPTH = "GbufferDepth"  # of other shader packs, too; float32[H, W], what the renderer compares, 1 for nothing
 _PANDA, _SHADERS = 1, 3  # versions of the two recipes below: a change of one makes a new cache folder
 _MIN_FACES = 60
 _CREASE = 35.0  # degrees; sharper edges keep flat shading

@@ -292,9 +292,6 @@ class Photographed(Perturbed, Bridge):
       warp = self._onto_image() @ np.linalg.inv(before)
       moved = cv2.warpPerspective(self._background, warp, self._frame, borderMode=cv2.BORDER_REFLECT_101)
       self._set(self, "_background", moved)
-    if self._replaced:
-      self._set(self, "_behind", self._behind)
-      self._look_behind()
 
   def _onto_image(self) -> np.ndarray:
     """float64[3, 3]: the table's (x, y, 1), metres, to pixels in homogeneous coordinates."""
