@@ -142,8 +142,8 @@ class Pool:
       environment: "module:class" of an `Environment`.
       spec: its keyword arguments; must pickle, and be plain Python values where `python` is given.
       num_envs: N. num_workers: processes, at most N. image_size: H = W, pixels.
-      timeout: seconds without an answer after which a worker counts as hung; it moves three environments before the first
-        answer of a request (`worker`).
+      timeout: seconds without an answer after which a worker counts as hung; it moves three environments before the
+        first answer of a request (`worker`).
       start_timeout: the same for a worker that is still importing and building.
       max_failures: a worker that fails this often without one answer in between ends the run.
       action_size: D.
