@@ -24,7 +24,7 @@ smoke: setup ## the main job in minutes: every phase for real, too short to lear
 	$(PYTHON_BIN) -m stare_jax.main --config=configs/ipi.py:smoke $(ARGS)
 
 test: setup tpu-compiler lint types ## set up, lint, type-check and pass the tests (the smoke run included)
-	$(PYTHON_BIN) -m pytest -n auto --maxprocesses=4 --dist loadfile $(ARGS)
+	$(PYTHON_BIN) -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup ## what `make test` leaves out because it takes long
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" $(ARGS)

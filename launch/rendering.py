@@ -5,10 +5,11 @@
 
 What was found is remembered in the virtual environment until the machine's Vulkan drivers or SAPIEN change.
 
-SAPIEN asks a Vulkan device for VK_KHR_external_memory_fd and VK_KHR_external_semaphore_fd. A GPU driver has
-both; on a machine without a GPU the device is Mesa's lavapipe, which has the second one since 24.3. Debian 12
-ships 22.3, its backports a newer one. Where the backports are is derived from the machine's own package
-sources (same mirror, same signing key). Standard library only: this runs before our packages are there.
+SAPIEN 3 needs a Vulkan device with VK_KHR_external_memory_fd. A GPU's driver has it; on a machine without a GPU
+the device is Mesa's lavapipe, 24.3 or newer. (VK_KHR_external_semaphore_fd, which SAPIEN 2.2 insists on, is not
+listed by every lavapipe of 25.0.7; SAPIEN 3 renders without.) Debian 12 ships 22.3, its backports a newer one.
+Where the backports are is derived from the machine's own package sources (same mirror, same signing key).
+Standard library only: this runs before our packages are there.
 """
 
 from __future__ import annotations
@@ -204,8 +205,7 @@ def suite_with_driver() -> str | None:
 def advice(codename: str, reason: str) -> str:
   """What a person can do when this script could not."""
   return f"""SAPIEN found no device to render with: {reason}.
-It needs a Vulkan device with VK_KHR_external_memory_fd and VK_KHR_external_semaphore_fd. Do one of these and
-run this again:
+It needs a Vulkan device with VK_KHR_external_memory_fd. Do one of these and run this again:
   with an NVIDIA GPU: install its driver with the graphics libraries (in a container:
     NVIDIA_DRIVER_CAPABILITIES=all);
   with another GPU: install its Vulkan driver;

@@ -97,6 +97,17 @@ NEEDS = {"sim": why_no_simulator, "assets": why_no_assets, "simpler": why_no_sim
          "browser": why_no_browser}  # fmt: skip
 
 
+# Minutes each, and mostly waiting for runs that they start: last of all, one of them would leave the other cores idle.
+LONGEST_FIRST = ("test_resume.py", "test_smoke.py", "test_pipeline.py", "test_lora_run.py", "test_bad_input.py",
+                 "test_multiprocess.py", "test_bridge.py", "test_sims.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Files that take longest come first; pytest-xdist keeps the order if told `--no-loadscope-reorder`."""
+  place = {name: index for index, name in enumerate(LONGEST_FIRST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
   """Asks for each need once, after deselection, and skips with the reason what cannot run here."""
   for marker, why_not in NEEDS.items():

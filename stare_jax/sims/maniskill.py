@@ -27,7 +27,7 @@ _SNAPSHOT_VERSION = 2
 _GRASP_FORCE = 0.5  # newtons per finger, and
 _GRASP_ANGLE = 85.0  # degrees from the finger's opening direction: ManiSkill's definition of a grasp
 _NO_DEVICE = (
-  "No usable Vulkan device: SAPIEN found none with VK_KHR_external_memory_fd and VK_KHR_external_semaphore_fd.\n"
+  "No usable Vulkan device: SAPIEN found none with VK_KHR_external_memory_fd.\n"
   "Run launch/setup.sh, or install Mesa's software renderer, version 24.3 or newer, by hand. On Debian 12:\n"
   "  apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1\n"
   "(Debian 12 itself has 22.3, which is too old.) `vulkaninfo --summary` should then list llvmpipe."
