@@ -11,8 +11,8 @@ Prints one JSON line per figure, each measured after a warm-up:
   suite   with --suite NAME ... (or all), nothing else: the expert's episodes of an evaluation suite beside its
           in-distribution ones, in pairs in one worker; `over` is the share of processor time that it costs more, resets
           included (the pairs' median, and quartiles)
-Random actions can lead an arm to where it cannot go on, and there it stays (a WidowX after 14 of 60 steps). Then nothing
-moves, so they say little about episodes.
+Random actions can lead an arm to where it cannot go on, and there it stays (a WidowX after 14 of 60 steps). Then
+nothing moves, so they say little about episodes.
 Meant for idle cores: a busy machine halves the figures. `cpu_ms_per_step` is the processor time of one step of one
 environment in its worker and suffers less.
 """
