@@ -276,11 +276,13 @@ def play(controllers, seed):
     env.step(rng.uniform(-1, 1, 7).astype(np.float32) * (large if seed % 2 else np.float32(tasks.get(name).unit)))
     rows.append(np.concatenate([*(joint.get_drive_target() for joint in joints), env._state()]))
   return np.stack(rows)
-for seed in range(4):
-  np.testing.assert_array_equal(play(ours, seed), play(None, seed))
-assert np.ptp(play(ours, 1), axis=0).max() > 0.1, "nothing moved"
+for seed in range(2):
+  np.testing.assert_array_equal(rows := play(ours, seed), play(None, seed))
+assert np.ptp(rows, axis=0).max() > 0.1, "nothing moved"
+"""
 
-import torch
+ROTATIONS = """
+import numpy as np, torch
 from mani_skill.utils.geometry import rotation_conversions as theirs
 from stare_jax.sims.arm import _rotation
 rng = np.random.default_rng(0)
@@ -295,12 +297,18 @@ for row in np.concatenate([angles, near]).astype(np.float32):
 @pytest.mark.sim
 @pytest.mark.parametrize("name", [pytest.param("put_carrot_on_plate", marks=pytest.mark.assets), "pick_cube"])
 def test_joint_targets_are_those_of_maniskills_controller(name):
-  """To the bit, over four episodes in one environment, two of them with actions far outside the usual.
+  """To the bit, over two episodes in one environment, the second with actions far outside the usual.
 
-  One arm moves its last target, the other its hand. Then every rotation by itself: one in two hundred is where
-  libraries round differently.
+  One arm moves its last target, the other its hand.
   """
   done = subprocess.run([sys.executable, "-c", TARGETS, name], timeout=300, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.sim
+def test_rotations_are_those_of_maniskill():
+  """To the bit, one by one: one in two hundred is where libraries round differently."""
+  done = subprocess.run([sys.executable, "-c", ROTATIONS], timeout=300, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
 
 

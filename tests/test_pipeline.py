@@ -239,6 +239,7 @@ def test_every_preference_loss_has_its_adapter():
   assert set(pipeline_updates.PREFERENCE_LOSSES) == set(losses.names("preference"))
 
 
+@pytest.mark.slow
 def test_trajectory_preferences_and_the_policys_own_critic(tmp_path, toy_environment, uninterrupted):
   """The other choice of both, through the front door, from another run's imitation."""
   workdir = tmp_path / "run"

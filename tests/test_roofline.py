@@ -403,7 +403,7 @@ def check(record, gathers=True):
     assert record["collectives"]["all-gather"]["bytes"] > 0
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_tpu_compiler_takes_the_sft_update(tmp_path, user_environment, rank):
   text, (record,) = compiled(tmp_path, user_environment, "--program=imitation", f"--config.policy.lora.rank={rank}")
   check(record)
@@ -431,7 +431,7 @@ print(dict(mesh.shape), len({device.id for device in mesh.devices.flat}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_tpu_compiler_takes_every_program(tmp_path, user_environment, rank):
   _, records = compiled(tmp_path, user_environment, f"--config.policy.lora.rank={rank}")
   assert [record["program"] for record in records] == list(compile_programs.PROGRAMS)
