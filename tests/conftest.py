@@ -97,7 +97,7 @@ NEEDS = {"sim": why_no_simulator, "assets": why_no_assets, "simpler": why_no_sim
          "browser": why_no_browser}  # fmt: skip
 
 
-# Minutes each, and mostly waiting for runs that they start: last of all, one of them would leave the other cores idle.
+# The longest files: last of all, one of them would leave the other cores idle.
 LONGEST_FIRST = ("test_resume.py", "test_smoke.py", "test_pipeline.py", "test_lora_run.py", "test_bad_input.py",
                  "test_multiprocess.py", "test_bridge.py", "test_sims.py")  # fmt: skip
 

@@ -431,7 +431,7 @@ print(dict(mesh.shape), len({device.id for device in mesh.devices.flat}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("rank", [0, 4])
 def test_tpu_compiler_takes_every_program(tmp_path, user_environment, rank):
   _, records = compiled(tmp_path, user_environment, f"--config.policy.lora.rank={rank}")
   assert [record["program"] for record in records] == list(compile_programs.PROGRAMS)
