@@ -36,6 +36,7 @@ META = "checkpoint.json"
 STATE = "state"
 CHECKED_BYTES = 256 << 20  # larger files are checked by size alone
 FETCHED_BYTES = 1 << 30  # a smaller state is fetched whole before it is written, in half the time
+CHUNK_BYTES, MOST_CHUNKS = 2 << 30, 256  # more of an array on one device is stored one by one along its first axis
 HASHED_BYTES = 256 << 20  # a larger array is gathered for its digest in parts of this size
 TMP, OLD = ".tmp-", ".old-"
 
@@ -125,8 +126,7 @@ def _storable(path: str, leaf: Any) -> Any:
 def _shape_of(leaf: Any) -> tuple[tuple[int, ...], str]:
   """Shape and dtype as stored."""
   if _is_key(leaf):
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return tuple(data.shape), str(data.dtype)
+    leaf = jax.eval_shape(jax.random.key_data, leaf)
   leaf = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
   return tuple(leaf.shape), str(leaf.dtype)
 
@@ -257,8 +257,7 @@ def _size(table: Mapping[str, Any]) -> int:
 
 
 def _no_space(directory: pathlib.Path, step: int, table: Mapping[str, Any]) -> CheckpointError:
-  newest = latest(directory)
-  left = "there is no earlier one" if newest is None else f"step {newest} is complete and untouched"
+  left = "there is no earlier one" if (newest := latest(directory)) is None else f"step {newest} is whole and untouched"
   return CheckpointError(
     f"disk full: checkpoint {step} needs about {_size(table) / 2**20:.0f} MiB in {directory}, where "
     f"{shutil.disk_usage(directory).free / 2**20:.0f} MiB are free. Nothing was lost: {left}. Free some "
@@ -269,6 +268,13 @@ def _no_space(directory: pathlib.Path, step: int, table: Mapping[str, Any]) -> C
 def _fetched(table: dict[str, Any]) -> dict[str, Any]:
   """Device arrays cost Orbax a millisecond each, which is most of the save of a small model."""
   return jax.device_get(table) if jax.process_count() == 1 and _size(table) < FETCHED_BYTES else table
+
+
+def _save_args(x: Any) -> ocp.SaveArgs:
+  """Orbax would cut an array of stacked layers across its widest axis, and hold copies of all of it meanwhile."""
+  shape = x.sharding.shard_shape(x.shape) if isinstance(x, jax.Array) else x.shape
+  large = math.prod(shape) * x.dtype.itemsize > CHUNK_BYTES and shape[0] <= MOST_CHUNKS
+  return ocp.SaveArgs(shard_axes=(0,) if large else ())
 
 
 def _write(directory: pathlib.Path, tmp: pathlib.Path, table: dict[str, Any], head: dict[str, Any]) -> None:
@@ -283,7 +289,8 @@ def _write(directory: pathlib.Path, tmp: pathlib.Path, table: dict[str, Any], he
   _barrier("begin")
   stored = {path: x for path, x in table.items() if math.prod(x.shape)}  # an empty array is its shape
   with _handler() as handler:
-    handler.save(tmp / STATE, args=ocp.args.PyTreeSave(_nested(_fetched(stored))))
+    how = _nested({path: _save_args(x) for path, x in stored.items()})
+    handler.save(tmp / STATE, args=ocp.args.PyTreeSave(_nested(_fetched(stored)), how, CHUNK_BYTES))
   if not _primary():
     return
   head["files"] = {p.relative_to(tmp).as_posix(): _fingerprint(p) for p in _files(tmp)}

@@ -115,6 +115,20 @@ def test_part_of_a_checkpoint(tmp_path, tx):
     checkpoint.restore(tmp_path, {"params": state.params})
 
 
+def test_large_arrays_are_stored_layer_by_layer(tmp_path, monkeypatch):
+  """Across its layers an array is copied whole before anything is written: 9 GB for 7B's parameters instead of 5."""
+  monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 10)
+  monkeypatch.setattr(checkpoint, "FETCHED_BYTES", 0)
+  wide = np.arange(8 * 4 * 64, dtype=np.float32).reshape(8, 4, 64)  # 8 KB, widest in the last axis
+  state = {"wide": jnp.asarray(wide), "long": jnp.ones((512, 4)), "small": jnp.ones(3), "step": 7}
+  folder = checkpoint.save(tmp_path, 0, state)
+  (stored,) = (folder / checkpoint.STATE / "array_metadatas").iterdir()
+  chunks = {x["array_metadata"]["param_name"]: x["array_metadata"]["chunk_shape"] for x in
+            json.loads(stored.read_text())["array_metadatas"]}  # fmt: skip
+  assert chunks == {"wide": [1, 4, 64], "long": [64, 4], "small": [3]}  # not 512 chunks of one row
+  np.testing.assert_array_equal(checkpoint.restore(tmp_path, state)[0]["wide"], wide)
+
+
 def test_digest_is_of_names_shapes_and_bytes():
   params = {"b": {"w": np.ones((2, 3), np.float32)}, "a": np.zeros(4, np.float32)}
   digest = checkpoint.params_sha256(params)
