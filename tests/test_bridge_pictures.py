@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from stare_jax.sims import bridge, lanczos, lite
+from tests.test_tasks import BRIDGE
 
 LANCZOS = Image.Resampling.LANCZOS
 
@@ -37,9 +38,10 @@ def test_a_layer_is_laid_over_as_the_renderer_draws(rng):
 LYING = """
 import numpy as np
 from stare_jax import sims, suites, tasks
-from stare_jax.sims import maniskill
+from stare_jax.sims import lite, maniskill
 task = tasks.get("put_spoon_on_towel")
 env, whole = (maniskill.make(**sims.spec(task, 224)) for _ in range(2))
+whole._needed = env._needed = lambda: (lite.COLOUR, lite.DEPTH)
 spoon, towel = env._lying
 assert towel.entity == env._goal._objs[0], "the towel is drawn with every picture"
 whole._lying = []
@@ -92,6 +94,50 @@ def test_what_lies_still_is_seen_as_if_it_were_drawn():
   And success is what ManiSkill says, wherever the spoon is.
   """
   done = subprocess.run([sys.executable, "-c", LYING], timeout=300, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
+SHARED = """
+import sys
+import numpy as np
+from stare_jax import sims, suites, tasks
+from stare_jax.sims import lite, maniskill
+task = tasks.get(sys.argv[1])
+env = maniskill.make(**sims.spec(task, 224))
+lite.share_vertices = lambda entity: None
+whole = maniskill.make(**sims.spec(task, 224))
+whole._needed = lambda: (lite.COLOUR, lite.DEPTH)  # as where something is laid over: depths say what is seen
+def count(env, what):
+  bodies = [body for e in env._env.scene.sub_scenes[0].entities if (body := lite.render_body(e))]
+  return sum(len(getattr(part, what)) for body in bodies for shape in body.render_shapes for part in shape.parts)
+assert count(env, "triangles") == count(whole, "triangles")
+assert count(whole, "vertices") > 1.4 * count(env, "vertices")
+for name in ("in_distribution", "lighting", "table_texture"):
+  suite = suites.get(name)
+  for e in (env, whole):
+    e.reset(3, suites.for_worker(suite, task) if suite.changes else None)
+  for action in np.random.default_rng(0).uniform(-1, 1, (5, 7)).astype(np.float32) * np.float32(task.unit):
+    for e in (env, whole):
+      e.step(action)
+      e.start_picture()
+      e.fetch_picture()
+    np.testing.assert_array_equal(env._picture(), whole._picture())
+    np.testing.assert_array_equal(env._mask, whole._mask)
+    assert env._mask.any()
+    for layer, drawn in env._layers.items():
+      np.testing.assert_array_equal(whole._layers[layer], drawn, err_msg=layer)
+assert (lite.DEPTH in env._layers) == bool(env._replaced or env._lying), "depths are fetched where none are needed"
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.assets
+@pytest.mark.parametrize(
+  "name", ["put_spoon_on_towel", *(pytest.param(n, marks=pytest.mark.slow) for n in BRIDGE if "spoon" not in n)]
+)
+def test_vertices_that_triangles_share_draw_the_same(name):
+  """To the byte in every layer."""
+  done = subprocess.run([sys.executable, "-c", SHARED, name], timeout=300, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
 
 

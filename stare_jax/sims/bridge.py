@@ -110,13 +110,15 @@ class Bridge(ManiSkill):
     And an object or a goal of many triangles, the spoon and the towel, once for as long as it lies still. Both where
     the shader draws everything at once: another's depths may not be those of what shines through.
     """
+    bodies = [entity for entity in self._env.scene.sub_scenes[0].entities if lite.render_body(entity)]
+    for entity in bodies:
+      lite.share_vertices(entity)
     arena = self._env.scene.actors["arena"]._objs[0]
     lite.show(arena, False)
     layers = {*self._camera.get_picture_names()} if self._draw else set()
     if lite.DEPTH not in layers or not layers & {lite.ENTITY, _TOGETHER}:
       return
     kept = self._kept()
-    bodies = [entity for entity in self._env.scene.sub_scenes[0].entities if lite.render_body(entity)]
     self._replaced = [_Lying(entity) for entity in bodies if entity != arena and entity.per_scene_id not in kept]
     for thing in self._replaced:
       lite.show(thing.entity, False)
@@ -151,11 +153,11 @@ class Bridge(ManiSkill):
     for seen, body in bodies:
       body.visibility = float(seen)
     super().start_picture()
-    super().fetch_picture()
+    layers = {name: self._camera.get_picture(name) for name in (self._layer, lite.DEPTH)}
     self._asked = False  # this picture is not the state's
     for (_, body), visibility in zip(bodies, before, strict=True):
       body.visibility = visibility
-    return self._layers
+    return layers
 
   # ---------------------------------------------------------------------------------------------- what lies still
 
@@ -235,7 +237,11 @@ class Bridge(ManiSkill):
   # ------------------------------------------------------------------------------------------------ what it shows
 
   def _needed(self) -> tuple[str, ...]:
-    return *super()._needed(), label_layer(self._camera) if self._behind is None else lite.DEPTH
+    """And depths where something is hidden or laid over; else the colour's fourth number says what is drawn at all."""
+    if self._behind is None:
+      return *super()._needed(), label_layer(self._camera)
+    flat = self._layer == lite.COLOUR and not self._replaced and all(thing.over is None for thing in self._lying)
+    return super()._needed() if flat else (*super()._needed(), lite.DEPTH)
 
   def _picture(self) -> np.ndarray:
     """The robot and the objects before the photograph: the frame, resized where it shows more than the photograph.
@@ -256,6 +262,8 @@ class Bridge(ManiSkill):
 
     if self._behind is None:
       return among(self._labels(), self._kept())
+    if lite.DEPTH not in self._layers:
+      return cv2.extractChannel(self._layers[self._layer], 3)
     return cv2.compare(self._layers[lite.DEPTH], self._behind, cv2.CMP_LT)
 
   def _composed(self, part: Part) -> np.ndarray:

@@ -1,9 +1,10 @@
 """Cheap visuals for software rendering: a decimated Panda, a two-triangle floor, no pass over a sky that is not there.
 
 Software rendering of the table-top scenes is bound by vertices: the Panda's visual meshes hold 135 thousand triangles,
-the floor 20 thousand. `enable` makes ManiSkill draw a decimated copy; collision shapes are untouched. Large pictures
-are bound by pixels, and `register_bare` offers shaders that touch each only once. Both are files, written once per user
-and version to $XDG_CACHE_HOME/stare_jax (~/.cache/stare_jax) and reused by every worker. Runs in the worker process.
+the floor 20 thousand. `enable` makes ManiSkill draw a decimated copy; collision shapes are untouched. `share_vertices`
+leaves out those that a mesh file repeats. Large pictures are bound by pixels, and `register_bare` offers shaders that
+touch each only once. Panda and shaders are files, written once per user and version to $XDG_CACHE_HOME/stare_jax
+(~/.cache/stare_jax) and reused by every worker. Runs in the worker process.
 """
 
 from __future__ import annotations
@@ -168,6 +169,41 @@ def triangles(entity: Any) -> int:
   """How many an entity is drawn with; primitives count as none."""
   shapes = () if (body := render_body(entity)) is None else body.render_shapes
   return sum(len(part.triangles) for shape in shapes for part in getattr(shape, "parts", ()))
+
+
+def share_vertices(entity: Any) -> None:
+  """Has an entity's meshes drawn from one vertex where their files repeat it for every triangle that meets there.
+
+  The WidowX, the towel and the spoon come with three vertices for each triangle, and a shader runs for each of them:
+  87 thousand in that scene, of which 39 thousand differ in place, normal or texture coordinates. Same pictures.
+  """
+  import sapien.render
+
+  body = render_body(entity)
+  if not all(isinstance(shape, sapien.render.RenderShapeTriangleMesh) for shape in body.render_shapes):
+    return
+  lighter = sapien.render.RenderBodyComponent()
+  for shape in body.render_shapes:
+    for part in shape.parts:
+      arrays = part.vertices, part.get_vertex_normal(), part.get_vertex_uv()
+      first, triangles = _shared(np.concatenate(arrays, axis=1), part.triangles)
+      mesh = sapien.render.RenderShapeTriangleMesh(
+        arrays[0][first], triangles, arrays[1][first], arrays[2][first], part.material
+      )
+      mesh.local_pose, mesh.scale, mesh.front_face = shape.local_pose, shape.scale, shape.front_face
+      lighter.attach(mesh)
+  lighter.visibility, lighter.shading_mode = body.visibility, body.shading_mode
+  entity.remove_component(body)
+  entity.add_component(lighter)
+
+
+def _shared(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Where each vertex, a row of float32[n, d], comes first, in order; and uint32[m, 3] triangles of those vertices."""
+  rows = np.ascontiguousarray(vertices).view(np.dtype((np.void, vertices.itemsize * vertices.shape[1])))[:, 0]
+  _, first, which = np.unique(rows, return_index=True, return_inverse=True)
+  order = np.argsort(first)
+  new = np.argsort(order)  # of each distinct vertex, its place among `first` in order
+  return first[order], new[which][triangles].astype(np.uint32)
 
 
 def show(entity: Any, visible: bool) -> None:
