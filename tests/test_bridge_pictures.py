@@ -75,24 +75,13 @@ for shift in ([5, 0, 0], [-5, 0, 0], onto, [0, 0, 0.001]):  # the spoon out of s
     thing = e._object._objs[0]
     thing.pose = type(thing.pose)(thing.pose.p + shift, thing.pose.q)
   assert [laid_over(), spoon.over is None, laid_over(), spoon.over is None] == [True, True, True, False], shift
-
-# The scene's own test of success is not asked where it must fail.
-thing, goal, found = env._object._objs[0], env._goal._objs[0], []
-for shift in np.random.default_rng(0).uniform([-0.12, -0.12, -0.02], [0.12, 0.12, 0.06], (400, 3)):
-  thing.pose = type(thing.pose)(goal.pose.p + shift, thing.pose.q)
-  found.append(bool(env._success()))
-  assert found[-1] == bool(env._env.evaluate()["success"]), shift
-assert 20 < sum(found) < 380, sum(found)
 """
 
 
 @pytest.mark.sim
 @pytest.mark.assets
 def test_what_lies_still_is_seen_as_if_it_were_drawn():
-  """To the byte in every layer, in other lights and from other places too; and again once it has moved.
-
-  And success is what ManiSkill says, wherever the spoon is.
-  """
+  """To the byte in every layer, in other lights and from other places too; and again once it has moved."""
   done = subprocess.run([sys.executable, "-c", LYING], timeout=300, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
 
@@ -139,6 +128,52 @@ def test_vertices_that_triangles_share_draw_the_same(name):
   """To the byte in every layer."""
   done = subprocess.run([sys.executable, "-c", SHARED, name], timeout=300, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
+
+
+SUCCESS = """
+import sys
+import numpy as np
+from stare_jax import sims, tasks
+from stare_jax.sims import bridge, maniskill
+task = tasks.get(sys.argv[1])
+env = maniskill.make(**sims.spec(task, 64))
+asked, whole = 0, env._env.evaluate
+def evaluate():
+  global asked
+  asked += 1
+  return whole()
+env._env.evaluate = evaluate
+thing, goal, found = env._object._objs[0], env._goal._objs[0], []
+target, own = (b.numpy() / 2 for b in (env._env.episode_target_obj_bbox_world, env._env.episode_source_obj_bbox_world))
+reach, height = np.hypot(*target[:2]) + 0.003, target[2] + own[2] + bridge._GAPS.get(task.env_id, 0.02)
+rng = np.random.default_rng(0)
+shifts = list(rng.uniform([-0.12, -0.12, -0.02], [0.12, 0.12, 0.06 + height], (300, 3)))
+for off in (-1e-3, -2e-4, -5e-5, -1e-6, 0, 1e-6, 5e-5, 2e-4, 1e-3):  # and at each of the limits
+  turn = rng.uniform(0, 2 * np.pi)
+  aside = (reach + off) * np.array([np.cos(turn), np.sin(turn), 0])
+  shifts += [aside + [0, 0, 0.01], np.array([0, 0, height + off]), np.array([0, 0, off])]
+for shift in shifts:
+  thing.pose = type(thing.pose)(goal.pose.p + shift, thing.pose.q)
+  found.append(bool(env._success()))
+  assert found[-1] == bool(whole()["success"]), shift
+print(len(shifts), sum(found), asked)
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.assets
+@pytest.mark.parametrize(
+  "name", ["put_spoon_on_towel", *(pytest.param(n, marks=pytest.mark.slow) for n in BRIDGE if "spoon" not in n)]
+)
+def test_success_is_what_maniskill_says(name):
+  """Wherever the object is, also right at the limits; and it is rarely asked where contact has no say."""
+  done = subprocess.run([sys.executable, "-c", SUCCESS, name], timeout=300, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  places, found, asked = map(int, done.stdout.split())
+  if name in ("put_spoon_on_towel", "put_eggplant_in_basket"):
+    assert 20 < found < places - 20 and asked < 25
+  else:
+    assert asked < places / 2
 
 
 BEHIND = """
