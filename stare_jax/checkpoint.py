@@ -257,7 +257,7 @@ def _size(table: Mapping[str, Any]) -> int:
 
 
 def _no_space(directory: pathlib.Path, step: int, table: Mapping[str, Any]) -> CheckpointError:
-  left = "there is no earlier one" if (newest := latest(directory)) is None else f"step {newest} is whole and untouched"
+  left = "there is no earlier one" if (old := latest(directory)) is None else f"step {old} is complete and untouched"
   return CheckpointError(
     f"disk full: checkpoint {step} needs about {_size(table) / 2**20:.0f} MiB in {directory}, where "
     f"{shutil.disk_usage(directory).free / 2**20:.0f} MiB are free. Nothing was lost: {left}. Free some "
