@@ -36,7 +36,7 @@ META = "checkpoint.json"
 STATE = "state"
 CHECKED_BYTES = 256 << 20  # larger files are checked by size alone
 FETCHED_BYTES = 1 << 30  # a smaller state is fetched whole before it is written, in half the time
-CHUNK_BYTES, MOST_CHUNKS = 2 << 30, 256  # more of an array on one device is stored one by one along its first axis
+CHUNK_BYTES, MOST_CHUNKS = 2 << 30, 256  # a device's larger part of an array: a chunk per layer, if these are no more
 HASHED_BYTES = 256 << 20  # a larger array is gathered for its digest in parts of this size
 TMP, OLD = ".tmp-", ".old-"
 

@@ -116,7 +116,7 @@ def test_part_of_a_checkpoint(tmp_path, tx):
 
 
 def test_large_arrays_are_stored_layer_by_layer(tmp_path, monkeypatch):
-  """Across its layers an array is copied whole before anything is written: 9 GB for 7B's parameters instead of 5."""
+  """Orbax would cut across all layers, and then holds copies of 9 GB of 7B's parameters instead of 5."""
   monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 10)
   monkeypatch.setattr(checkpoint, "FETCHED_BYTES", 0)
   wide = np.arange(8 * 4 * 64, dtype=np.float32).reshape(8, 4, 64)  # 8 KB, widest in the last axis
