@@ -6,6 +6,7 @@ Tests run on eight fake CPU devices, so that sharding is tested wherever the tes
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -143,12 +144,22 @@ def toy_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, toy_environment: dict[str, str]) -> pathlib.Path:
-  """The run folder of all three phases on the toy simulator, never to be changed: copy it."""
+  """The run folder of all three phases on the toy simulator, never to be changed: copy it.
+
+  It takes minutes, so the first of the session's processes that needs it makes it for all of them.
+  """
   from tests import toy_run
-  workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-  done = toy_run.launch(workdir, toy_environment)
-  assert done.returncode == 0, done.stdout + done.stderr
-  assert "compiled again" not in done.stderr  # one program per update
+  shared = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    shared = shared.parent
+  workdir = shared / "uninterrupted" / "run"
+  with open(shared / "uninterrupted.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not workdir.exists():
+      done = toy_run.launch(workdir, toy_environment)
+      assert done.returncode == 0, done.stdout + done.stderr
+      assert "compiled again" not in done.stderr  # one program per update
+  assert (workdir / "summary.json").exists(), "the process that made the run failed"
   return workdir
 
 
