@@ -91,6 +91,7 @@ METHODS = {
   "ppo_far": PPO | {"interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95},  # as far as a sparse reward asks
   "rl4vla_faithful": RL4VLA,
   "milestone_ppo": STA_PPO | {"interaction.reward": "milestones"},
+  "milestone_sta_ppo": STA_PPO | {"interaction.reward": "shaped_milestones", "interaction.offset": 0.0},
   "sta_ppo": STA_PPO,
   # The paper's critic, a head on the policy, where the default preset's sees the simulator's state.
   "ppo_pixels": PPO | {"interaction.critic": "policy"},

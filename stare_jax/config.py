@@ -19,7 +19,7 @@ POSITIVE = (
 CHOICES = {
   "preference.pairs": ("stage", "trajectory"), "interaction.critic": ("state", "policy"),
   "interaction.terminal": ("zero", "keep"),
-  "interaction.reward": ("potential", "stages", "success", "milestones", "levels"),
+  "interaction.reward": ("potential", "stages", "success", "milestones", "shaped_milestones", "levels"),
   "interaction.hp.ratio": ("action", "token"), "imitation.optimiser.schedule": ("constant", "cosine"),
   "preference.optimiser.schedule": ("constant", "cosine"),
 }  # fmt: skip

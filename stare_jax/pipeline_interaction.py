@@ -128,13 +128,14 @@ def with_success_reward(c: Any, num_stages: int) -> Any:
   """The configuration with `success_reward` filled in where it is 0 (automatic): K * max(offset, 0.5) + 0.5.
 
   That is more than any potential, (K - 1) * offset + sigmoid(1) at offset 0.5. A success ends the potential it has
-  (Phi of a terminal state is 0), and a critic that is still at zero would otherwise call it a loss.
+  (Phi of a terminal state is 0), and a critic that is still at zero would otherwise call it a loss. With shaped
+  milestones it is K * max(offset, 1) + 0.5, for the same reason: a stage that ends gives back up to sigmoid(1) = 0.73.
   """
   if c.success_reward:
     return c
   c = c.copy_and_resolve_references()
   with c.unlocked():
-    c.success_reward = num_stages * max(c.offset, 0.5) + 0.5
+    c.success_reward = num_stages * max(c.offset, 1.0 if c.reward == "shaped_milestones" else 0.5) + 0.5
   return c
 
 

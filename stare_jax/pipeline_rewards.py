@@ -4,6 +4,8 @@
   stages      the same with Phi = offset * (g - 1): completed stages count, progress inside a stage does not (ablation)
   success     the success reward alone: PPO
   milestones  the success reward in equal parts, one for each completed stage; no potential, nothing is paid back
+  shaped_milestones  those, and the difference of the potential (Eq. Shape); with offset 0 a completed stage is paid
+              for good, and progress inside a stage is lent
   levels      differences of RL4VLA's level, 0.1 [grasped so far] + 0.1 [grasped for 5 steps in a row so far]
               + [success now, grasped so far]: what is lost again after a success is taken back
 """
@@ -17,7 +19,8 @@ import numpy as np
 from stare_jax import stages
 from stare_jax.episode import StagedEpisode, unpack_signals
 
-SHAPED = ("potential", "stages")
+MILESTONES = ("milestones", "shaped_milestones")
+SHAPED = ("potential", "stages", "shaped_milestones")
 HOLD = 5  # steps in a row that a grasp must last to be RL4VLA's second level
 
 
@@ -26,7 +29,7 @@ def rewards(item: StagedEpisode, c: Any) -> np.ndarray:
   reward = raw(item, c)
   if c.reward not in SHAPED:
     return reward
-  potential = item.potential if c.reward == "potential" else np.float32(c.offset) * stage_of(item)
+  potential = np.float32(c.offset) * stage_of(item) if c.reward == "stages" else item.potential
   done = np.array(item.episode.terminated)
   return stages.shaped_reward(reward, potential, done, discount=c.hp.discount, terminal=c.terminal)
 
@@ -36,7 +39,7 @@ def raw(item: StagedEpisode, c: Any) -> np.ndarray:
   if c.reward == "levels":
     return levels(item.episode.signals)
   reward = np.zeros(len(item.episode), np.float32)
-  if c.reward == "milestones":
+  if c.reward in MILESTONES:
     done = item.completed_at[item.completed_at > 0]  # states s_1 .. s_T; what was completed before is not paid
     np.add.at(reward, done - 1, np.float32(c.success_reward / len(item.completed_at)))
     reward[-1] += (c.success_reward - reward.sum()) * item.episode.terminated  # a success is all stages, on any way

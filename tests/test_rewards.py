@@ -12,7 +12,7 @@ import pytest
 from benchmarks import stage_rewards
 from stare_jax.episode import SIGNAL_SIZE, SIGNALS, Episode, StagedEpisode, pack_signals
 from stare_jax.losses import ops
-from stare_jax.pipeline_interaction import advantages
+from stare_jax.pipeline_interaction import advantages, with_success_reward
 from stare_jax.pipeline_rewards import levels, raw, rewards, stage_of
 
 
@@ -85,6 +85,24 @@ def test_without_progress_only_completed_stages_are_shaped():
   assert stage_of(staged([0, 1], [1, -1, -1]))[-1] == 1
   progress = dataclasses.replace(item, potential=item.potential + 7)
   np.testing.assert_array_equal(rewards(progress, c), rewards(item, c))
+
+
+def test_shaped_milestones_are_paid_for_good_and_progress_is_lent():
+  c, item = settings("shaped_milestones", success_reward=3.0), staged([0, 0, 1, 2], [2, 3, 4], terminated=True)
+  lent = 0.9 * np.append(item.potential[1:-1], 0) - item.potential[:-1]
+  milestones = raw(item, settings("milestones", success_reward=3.0))
+  np.testing.assert_allclose(rewards(item, c), milestones + lent, atol=1e-6)
+  going_on = staged([0, 0, 1, 2], [2, 3, -1])
+  assert rewards(going_on, c)[-1] == pytest.approx(0.9 * going_on.potential[-1] - going_on.potential[-2], abs=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("reward", ["potential", "shaped_milestones"])
+def test_a_success_pays_more_than_it_ends(reward, offset):
+  """Else a critic that knows nothing yet would learn to avoid the last step, or the last step of a stage."""
+  c = with_success_reward(settings(reward, offset=offset, success_reward=0.0), num_stages=4)
+  paid = c.success_reward / (4 if reward == "shaped_milestones" else 1)
+  assert paid > 1 / (1 + np.exp(-1)) + (3 * offset if reward == "potential" else 0)
 
 
 @pytest.mark.parametrize("reward", ["success", "potential"])

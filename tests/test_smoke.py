@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmarks import stage_labels
 from stare_jax import checkpoint, tasks
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(1200)]
@@ -50,7 +51,15 @@ def test_smoke_leaves_a_complete_run_folder(tmp_path, user_environment, root):
   assert summary["env_steps"]["interaction"] == 3 * 8 * 20
   page = (workdir / "report.html").read_text()
   assert "<video" in page and summary["params_sha256"][:12] in page
-  assert any((workdir / "tensorboard").rglob("events*")) and list((workdir / "data").rglob("*.episodes"))
+  assert any((workdir / "tensorboard").rglob("events*"))
+  labelled_alike(workdir)
+
+
+def labelled_alike(workdir: pathlib.Path) -> None:
+  """Every recorded episode has online the stages, completions and potentials that the phases gave it as a whole."""
+  rows = stage_labels.compared(workdir)
+  assert {row["data"] for row in rows} == {"demonstrations", "preference"}
+  assert all(row["episodes"] and row["differ"] == 0 for row in rows), rows
 
 
 @pytest.mark.slow
@@ -75,7 +84,7 @@ OTHERS = [pytest.param(name, marks=[pytest.mark.assets] if name in BRIDGE else [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_smoke_of_a_task_takes_what_it_needs_from_it(name, tmp_path, user_environment, root):
-  """No setting but the task's name: the horizon and the evaluation's starts are the task's own."""
+  """Nothing is set for the task but its name: the horizon and the evaluation's starts are its own."""
   smoke(tmp_path / "run", user_environment, root, f"smoke,task={name}", FEWER)
   summary = json.loads((tmp_path / "run" / "summary.json").read_text())
   task = tasks.get(name)
@@ -86,3 +95,4 @@ def test_smoke_of_a_task_takes_what_it_needs_from_it(name, tmp_path, user_enviro
   first = summary["config"]["evaluation"]["seed"] if task.starts is None else 0
   assert figures["seeds"] == [first, first + 3] and figures["max_length"] == task.horizon
   assert [stage["name"] for stage in figures["stages"]] == [stage.name for stage in task.stages]
+  labelled_alike(tmp_path / "run")
