@@ -35,7 +35,7 @@ SEVEN_B = {
   "preference.optimiser.warmup_steps": 0, "preference.hp.beta": 0.1, "preference.hp.cost_weight": 0.5,
   "preference.parts_before": 0, "preference.tail": 0, "preference.samples": 4, "preference.both_failed": False,
   "preference.margin": 0.05, "preference.pairs_per_start": 4, "interaction.critic": "policy",
-  "interaction.steps": 80, "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95,
+  "interaction.steps": 80, "interaction.offset": 1.0, "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95,
   "interaction.hp.value_clip": 0.2, "interaction.optimiser.clip_norm": 10.0, "evaluation.temperature": 0.6,
 }  # fmt: skip
 # Everything is trained. As written: v5e of 128 chips and more, v6e and v4 of 32, v5p of 16, 16 GPUs of 80 GB; smaller
@@ -68,6 +68,8 @@ STA_TPO = {  # the paper's form: whole rollouts, stages of them where the one be
 TPO = STA_TPO | {"preference.loss": "tpo", "preference.pairs": "trajectory"}
 STA_PPO = {"phases": ("imitation", "interaction")}
 PPO = STA_PPO | {"interaction.reward": "success"}
+MILESTONES = STA_PPO | {"interaction.reward": "milestones"}
+STA_MILESTONES = STA_PPO | {"interaction.reward": "shaped_milestones", "interaction.offset": 0.0}
 RL4VLA = STA_PPO | {
   "interaction.reward": "levels", "interaction.stop_on_success": False, "interaction.steps": 0,
   "interaction.bootstrap": False, "interaction.epochs": 1, "interaction.batch": 160, "interaction.temperature": 1.0,
@@ -90,12 +92,14 @@ METHODS = {
   "ppo_clean": PPO,
   "ppo_far": PPO | {"interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95},  # as far as a sparse reward asks
   "rl4vla_faithful": RL4VLA,
-  "milestone_ppo": STA_PPO | {"interaction.reward": "milestones"},
-  "milestone_sta_ppo": STA_PPO | {"interaction.reward": "shaped_milestones", "interaction.offset": 0.0},
+  "milestone_ppo": MILESTONES,
+  "milestone_sta_ppo": STA_MILESTONES,
   "sta_ppo": STA_PPO,
   # The paper's critic, a head on the policy, where the default preset's sees the simulator's state.
   "ppo_pixels": PPO | {"interaction.critic": "policy"},
   "sta_ppo_pixels": STA_PPO | {"interaction.critic": "policy"},
+  "milestone_pixels": MILESTONES | {"interaction.critic": "policy"},
+  "milestone_sta_pixels": STA_MILESTONES | {"interaction.critic": "policy"},
   # Ablations: of sta_tpo the first two, of sta_ppo the others.
   "no_cost": STA_TPO | {"preference.hp.cost_weight": 0.0},
   "tpo_same_pairs": STA_TPO | {"preference.loss": "tpo"},

@@ -81,6 +81,8 @@ def test_an_ablation_changes_one_thing():
     "sta_tpo": ("no_cost", "no_gating", "tpo_same_pairs"),
     "sta_ppo": ("no_potential", "offset_0", "offset_1", "sta_ppo_pixels"),
     "ppo_clean": ("ppo_pixels",),
+    "milestone_ppo": ("milestone_pixels",),
+    "milestone_sta_ppo": ("milestone_sta_pixels",),
   }
   for of, names in ablations.items():
     for name in names:
