@@ -148,14 +148,13 @@ def headless(folder):
   (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
 
 
-def garbled(folder):
-  text = b'{"a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 6]}}'
-  (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 6)
+def headed(text, size):
+  """A file with this header and so many bytes behind it."""
+  return lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode() + b"\0" * size)
 
 
-def gap(folder):
-  text = b'{"a": {"dtype": "BF16", "shape": [2], "data_offsets": [4, 8]}}'
-  (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+def entry(dtype='"BF16"', shape="[2]", offsets="[0, 4]"):
+  return headed(f'{{"a": {{"dtype": {dtype}, "shape": {shape}, "data_offsets": {offsets}}}}}', 8)
 
 
 def pickled(folder):
@@ -185,8 +184,15 @@ BROKEN = {
   "truncated": (cut, "is truncated: .* bytes, its header says"),
   "too long": (lengthen, "is too long"),
   "no header": (headless, "no safetensors file with a header of"),
-  "wrong length": (garbled, r"a BF16\[2\] takes 6 bytes, expected 4"),
-  "gap": (gap, "overlap or leave gaps"),
+  "wrong length": (entry(offsets="[0, 6]"), r"a BF16\[2\] takes 6 bytes, expected 4"),
+  "gap": (entry(offsets="[4, 8]"), "overlap or leave gaps"),
+  "list for a header": (headed("[]", 0), "its header is a list, expected an object"),
+  "null for a header": (headed("null", 0), "its header is a NoneType, expected an object"),
+  "list for a tensor": (headed('{"a": [0, 4]}', 4), "header's entry of a is malformed"),
+  "offsets in words": (entry(offsets='["0", "4"]'), "header's entry of a is malformed"),
+  "offsets that are no whole numbers": (entry(offsets="[0.0, 4.0]"), "header's entry of a is malformed"),
+  "shape in words": (entry(shape='"2"'), "header's entry of a is malformed"),
+  "list for a type": (entry(dtype='["BF16"]'), "header's entry of a is malformed"),
   "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "0 bytes are no safetensors"),
   "pickle": (pickled, "pytorch_model.bin is a pickle, which can run code and is never opened"),
   "adapters": (adapters, "holds adapters, not a model"),

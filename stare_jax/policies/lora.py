@@ -12,7 +12,9 @@ patterns of such names. Several modules may be one leaf here: layers are stacked
 Modules that no output depends on (the last block of both vision transformers, SigLIP's pooling) do not exist here, see
 `unused`.
 
-Shapes, with L adapted layers and g adapted modules of a shared kernel: a [L, I, (g,) r], b [L, (g,) r, *O].
+Shapes, with L adapted layers and g adapted modules of a shared kernel: a [L, I, (g,) r], b [L, (g,) r, *O]. Where
+modules that share a kernel are adapted in different layers, those left out are zeros in both: neither factor has a
+gradient while the other is zero, so they stay what they are.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stare_jax.policies import Policy
 from stare_jax.policies import openvla_names as names
@@ -114,12 +117,12 @@ def select(config: Config, targets: str | Iterable[str]) -> list[Module]:
 
 
 class Place(NamedTuple):
-  """The adapted part of one of our leaves.
+  """The adapted part of one of our leaves: every module of `groups` in every one of `layers`, zeros if not adapted.
 
   Attributes:
     path: of the leaf; its adapter is "lora" / path / "a" and "b".
-    layers: adapted ones of the stack, None for all of them or where there is no stack.
-    groups: adapted modules of a shared kernel; None where it is one module.
+    layers: those of the stack with an adapted module, None for all of them or where there is no stack.
+    groups: the modules of a shared kernel that are adapted in some layer; None where it is one module.
     a, b: shapes.
     depth: of the whole stack, None where there is none.
   """
@@ -136,9 +139,6 @@ def _place(path: tuple[str, ...], chosen: list[Module], leaf: Any, rank: int) ->
   shape = leaf["table"].shape[::-1] if "table" in leaf else leaf["kernel"].shape
   layers = sorted({m.layer for m in chosen} - {None})
   groups = tuple(sorted({m.group for m in chosen} - {None})) or None
-  if len(chosen) != max(len(layers), 1) * len(groups or (0,)):
-    raise ValueError(f"lora targets adapt different layers in modules that share {'/'.join(path)}: choose the same "
-                     f"layers for each of {', '.join(sorted({m.name.split('.')[-1] for m in chosen}))}")
   depth, (inputs, *out) = (shape[0], shape[1:]) if layers else (None, shape)
   lead = (len(layers),) if layers else ()
   shared = (len(groups),) if groups else ()
@@ -169,7 +169,15 @@ class Lora:
   @property
   def size(self) -> int:
     """The number of trained values, the value head's not among them."""
-    return sum(math.prod(place.a) + math.prod(place.b) for place in self.places)
+    return sum(self.rank * (module.outputs + math.prod(module.inputs)) for module in self.modules)
+
+  def index(self, module: Module) -> tuple[Place, tuple[Any, ...], tuple[Any, ...]]:
+    """The place of an adapted module, and its index into that place's a and b."""
+    place = next(place for place in self.places if place.path == module.path)
+    layer = module.layer if place.layers is None or module.layer is None else place.layers.index(module.layer)
+    lead = () if layer is None else (layer,)
+    group = () if module.group is None else (place.groups.index(module.group),)
+    return place, (*lead, slice(None), *group), (*lead, *group)
 
 
 def make(
@@ -207,10 +215,15 @@ def _at(tree: Params, path: Iterable[str]) -> Any:
 
 def init(lora: Lora, key: jax.Array) -> Params:
   """Fresh adapters, float32: a ~ N(0, 1/r^2), b = 0, so that the policy starts as its base."""
+  held: dict[tuple[str, ...], np.ndarray] = {place.path: np.zeros(place.a[:-1], bool) for place in lora.places}
+  for module in lora.modules:
+    place, at_a, _ = lora.index(module)
+    held[place.path][at_a] = True
   tree: Params = {}
   for place, draw in zip(lora.places, jax.random.split(key, len(lora.places))):
-    pair = {"a": jax.random.normal(draw, place.a) / lora.rank, "b": jnp.zeros(place.b)}
-    tree = _put(tree, place.path, pair)
+    a = jax.random.normal(draw, place.a) / lora.rank
+    a = a if held[place.path].all() else jnp.where(held[place.path][..., None], a, 0.0)
+    tree = _put(tree, place.path, {"a": a, "b": jnp.zeros(place.b)})
   return tree
 
 

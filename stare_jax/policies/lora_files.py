@@ -32,11 +32,13 @@ from stare_jax.policies.tensor_files import Plan
 
 CONFIG, WEIGHTS, VALUE = "adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"
 PREFIX = "base_model.model."
-REFUSED = {  # of adapter_config.json: what changes the forward pass in a way that these adapters do not know
-  "use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "modules_to_save": None,
-  "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None, "trainable_token_indices": None,
-  "target_parameters": None, "use_qalora": False, "use_bdlora": None,
-}  # fmt: skip
+READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
+IGNORED = (  # which modules (the tensors' names say it), how it was trained, and by whom
+  "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode",
+  "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "runtime_config", "eva_config",
+  "megatron_config", "megatron_core", "qalora_group_size",
+)  # fmt: skip
+INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # others change the base's weights as well
 
 
 class Loaded(NamedTuple):
@@ -97,19 +99,10 @@ def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   tensor_files.write(path, [Plan(name, x.dtype, x.shape) for name, x in arrays.items()], arrays.values())
 
 
-def _index(lora: Lora, module: Module) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-  """The place of a module, and its index into that place's a and b."""
-  place = next(place for place in lora.places if place.path == module.path)
-  layer = module.layer if place.layers is None or module.layer is None else place.layers.index(module.layer)
-  lead = () if layer is None else (layer,)
-  group = () if module.group is None else (place.groups.index(module.group),)
-  return place, (*lead, slice(None), *group), (*lead, *group)
-
-
 def _public(lora: Lora, tree: Any):
   """(name, float32 array) of every adapted module, in PEFT's layout."""
   for module in lora.modules:
-    place, at_a, at_b = _index(lora, module)
+    place, at_a, at_b = lora.index(module)
     pair = names.leaf(tree, "/".join(place.path))
     a, b = np.asarray(pair["a"], np.float32)[at_a], np.asarray(pair["b"], np.float32)[at_b]
     a, b = a.T, b.reshape(lora.rank, -1).T
@@ -144,7 +137,7 @@ def load(folder: str | os.PathLike, config: Config) -> Loaded:
     a, b = (np.asarray(x, np.float32) for x in pairs[module.name])
     if len(module.inputs) == 3:
       a = a.transpose(0, 2, 3, 1)
-    place, at_a, at_b = _index(lora, module)
+    place, at_a, at_b = lora.index(module)
     target_a, target_b = shapes[place.path]
     target_a[at_a] = a.reshape(rank, -1).T
     target_b[at_b] = b.reshape(module.outputs, rank).T.reshape(target_b[at_b].shape)
@@ -154,18 +147,23 @@ def load(folder: str | os.PathLike, config: Config) -> Loaded:
 
 
 def _settings(folder: pathlib.Path) -> tuple[int, float, bool]:
-  """Rank, alpha and whether the scale is alpha / sqrt(rank)."""
+  """Rank, alpha and whether the scale is alpha / sqrt(rank).
+
+  A setting that is not known here and is set at all may change the forward pass, so it is refused.
+  """
   found = tensor_files.read_json(folder / CONFIG)
   if found.get("peft_type") != "LORA":
     raise CheckpointError(f'{folder / CONFIG}: peft_type is {found.get("peft_type")!r}, expected "LORA"')
-  for key, plain in REFUSED.items():
-    if found.get(key, plain) not in (plain, None, [], {}, False):
-      raise CheckpointError(f"{folder / CONFIG}: {key} = {found[key]!r} is not read, only plain LoRA is: merge this "
-                            f"adapter with peft's merge_and_unload and load the merged model")
-  try:
-    return int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora", False))
-  except (KeyError, TypeError, ValueError) as error:
-    raise CheckpointError(f"{folder / CONFIG} has no usable r and lora_alpha ({error!r}); fetch it again") from error
+  odd = [key for key, x in found.items() if key not in READ + IGNORED and x not in (None, False, "none", [], {})]
+  odd += ["init_lora_weights"] if found.get("init_lora_weights") not in INITS else []
+  if odd:
+    raise CheckpointError(f"{folder / CONFIG}: {odd[0]} = {found[odd[0]]!r} is not read, only plain LoRA is: merge "
+                          f"this adapter with peft's merge_and_unload and load the merged model")
+  rank, alpha = found.get("r"), found.get("lora_alpha")
+  if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float) and alpha > 0):
+    raise CheckpointError(f"{folder / CONFIG}: r is {rank!r} and lora_alpha {alpha!r}, expected a whole number of at "
+                          f"least 1 and a number above 0; fetch it again")
+  return rank, float(alpha), bool(found.get("use_rslora", False))
 
 
 def _module(name: str) -> str:

@@ -71,6 +71,8 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
       if size < 8 or length > min(HEADER_LIMIT, size - 8):
         raise CheckpointError(f"{path}: {size} bytes are no safetensors file with a header of {length}; {again}")
       header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+      raise CheckpointError(f"{path}: its header is a {type(header).__name__}, expected an object; {again}")
   except FileNotFoundError as error:
     raise CheckpointError(f"{path} is missing; fetch every file of the checkpoint") from error
   except (OSError, ValueError) as error:
@@ -80,7 +82,9 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
     if name == "__metadata__":
       continue
     try:
-      (first, end), shape, code = row["data_offsets"], tuple(map(int, row["shape"])), row["dtype"]
+      (first, end), shape, code = row["data_offsets"], tuple(row["shape"]), row["dtype"]
+      if not isinstance(code, str) or any(type(x) is not int for x in (first, end, *shape)):
+        raise TypeError(row)
     except (KeyError, TypeError, ValueError) as error:
       raise CheckpointError(f"{path}: the header's entry of {name} is malformed ({error!r}); {again}") from error
     if code not in DTYPES:
