@@ -5,7 +5,8 @@
   python -m stare_jax.main --config=configs/ipi.py:default,task=push_cube,seed=3 --config.interaction.hp.clip=0.1
   python -m stare_jax.main --config=configs/ipi.py:default,method=sta_ppo      # a baseline or an ablation: METHODS
   CONFIG=configs/ipi.py:openvla_7b_lora bash launch/one_gpu.sh --config.policy.checkpoint=FOLDER   # one 80 GB GPU
-  python -m stare_jax.main --config=configs/ipi.py:openvla_7b --config.policy.checkpoint=FOLDER        # a TPU pod
+  CONFIG=configs/ipi.py:openvla_7b TPU=... ZONE=... NFS=... bash launch/tpu_pod.sh \
+    --config.policy.checkpoint=/mnt/stare_jax/openvla-7b                                             # a TPU pod
 """
 
 import ml_collections

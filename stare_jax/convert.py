@@ -135,6 +135,12 @@ def _restore(run: Any, leaves: dict[str, jax.ShapeDtypeStruct], step: int | None
   return checkpoint.restore(run, {"params": openvla_names.nest(leaves)}, step, partial=True)[0]["params"]
 
 
+OF_WAYS = {  # each flag's commands
+  "unnorm_key": ("to_orbax",), "source": ("to_public", "to_peft"), "step": ("to_public", "to_peft"),
+  "dataset": ("to_public",), "dtype": ("to_orbax", "to_public"),
+}  # fmt: skip
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m stare_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,9 +152,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--unnorm-key", help="to-orbax: the data set whose action statistics apply")
   parser.add_argument("--source", help="to-public, to-peft: the folder that the run came from")
   parser.add_argument("--step", type=int, help="to-public, to-peft: which checkpoint; by default the newest")
-  parser.add_argument("--dataset", default="stare_jax", help="to-public: the name of the run's action statistics")
-  parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="cast; by default as it is")
+  parser.add_argument("--dataset", help="to-public: the name of the run's action statistics (stare_jax)")
+  parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
+                      help="to-orbax, to-public: cast; by default as it is")  # fmt: skip
   flags = parser.parse_args(argv)
+  way = next(way for way in ("to_orbax", "to_public", "to_peft") if getattr(flags, way))
+  for name, ways in OF_WAYS.items():
+    if getattr(flags, name) is not None and way not in ways:
+      word = lambda name: f"--{name.replace('_', '-')}"
+      parser.error(f"{word(name)} does nothing with {word(way)}; it belongs to {' and '.join(map(word, ways))}")
+  flags.dataset = flags.dataset or "stare_jax"
   if not flags.to_orbax and not flags.source:
     parser.error(f"--to-{'peft' if flags.to_peft else 'public'} needs --source: the public folder that the run came "
                  "from, for its configuration, its tokenizer and the tensors that the policy does without")

@@ -292,12 +292,12 @@ def policies_decode(stats, token):
 
 
 def test_what_was_trained_in_float32_loads_again_in_float32(tmp_path, folders):
-  """The tensors that do not exist here stay in the source's bfloat16, and say nothing of the dtype."""
+  """Tensors that do not exist here stay in bfloat16 unless all are cast, and say nothing of the dtype."""
   source = folders["fused"]
   policy, params = openvla_files.load(source, param_dtype="float32")
-  for name, dtype in (("as it is", None), ("asked for", "float32")):
+  for name, dtype, found in (("as it is", None, {"bfloat16", "float32"}), ("asked for", "float32", {"float32"})):
     out = openvla_files.save(tmp_path / name, policy, params, source, dtype=dtype)
-    assert {str(x.dtype) for x in public.read(out).values()} == {"bfloat16", "float32"}
+    assert {str(x.dtype) for x in public.read(out).values()} == found
     again, loaded = openvla_files.load(out)
     assert again.config == policy.config and jax.tree.map(bits, loaded) == jax.tree.map(bits, params)
 
@@ -387,6 +387,32 @@ def test_convert_says_what_is_wrong(tmp_path, folders, capsys):
   with pytest.raises(SystemExit):
     convert.main(["--to-public", str(out), str(tmp_path / "x")])
   assert "--to-public needs --source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+  (("--to-orbax", "a", "b", "--source", "c"), "--source does nothing with --to-orbax; it belongs to --to-public and"),
+  (("--to-orbax", "a", "b", "--step", "0"), "--step does nothing with --to-orbax"),
+  (("--to-public", "a", "b", "--source", "c", "--unnorm-key", "d"), "--unnorm-key does nothing with --to-public"),
+  (("--to-peft", "a", "b", "--source", "c", "--dtype", "float32"), "it belongs to --to-orbax and --to-public"),
+  (("--to-peft", "a", "b", "--source", "c", "--dataset", "d"), "--dataset does nothing with --to-peft"),
+])  # fmt: skip
+def test_a_flag_of_another_command_is_not_taken_silently(flags, words, capsys):
+  with pytest.raises(SystemExit):
+    convert.main(flags)
+  assert words in capsys.readouterr().err
+
+
+def test_a_cast_folder_says_so(tmp_path, folders, fused):
+  """All of its tensors are cast, those that this network does without among them, and config.json names the type."""
+  policy, params, before = fused
+  out = openvla_files.save(tmp_path / "out", policy, params, folders["fused"], dtype="float32")
+  after, (was, now) = public.read(out), (json.loads((f / "config.json").read_text()) for f in (folders["fused"], out))
+  assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {np.dtype("float32")}
+  assert all(bits(x.astype(np.float32)) == bits(after[name]) for name, x in before.items())
+  assert was["torch_dtype"] == "bfloat16" and now == was | {
+    "torch_dtype": "float32", "text_config": was["text_config"] | {"torch_dtype": "float32"}}  # fmt: skip
+  same = openvla_files.save(tmp_path / "same", policy, params, folders["fused"])
+  assert (same / "config.json").read_bytes() == (folders["fused"] / "config.json").read_bytes()
 
 
 def test_a_run_starts_from_a_converted_folder(tmp_path, monkeypatch, rng):

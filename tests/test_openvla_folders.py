@@ -109,6 +109,13 @@ def test_vicuna_prompt_of_v01(folder):
   assert template.endswith(" USER: What action should the robot take to {instruction}? ASSISTANT:")
 
 
+def test_an_end_token_of_its_own(folder, tmp_path):
+  assert openvla_files.folder_config(folder).eos == 2  # Llama's, which public folders do not name
+  edit(folder / "config.json", lambda c: c["text_config"].update(eos_token_id=7))
+  config = openvla_files.folder_config(folder)
+  assert config.eos == 7 and openvla_config.config_json(config)[0]["text_config"]["eos_token_id"] == 7
+
+
 def test_a_tokenizer_that_does_not_fit(folder):
   tokenizer = public.tokenizer()
   tokenizer.add_tokens([f"<{i}>" for i in range(400)])

@@ -103,7 +103,8 @@ def _fields(c: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
     "llm_width": text["hidden_size"], "llm_depth": text["num_hidden_layers"], "llm_mlp": text["intermediate_size"],
     "llm_head_size": text["hidden_size"] // heads, "vocabulary": text["vocab_size"],
     "rms_eps": float(text["rms_norm_eps"]), "rope_theta": float(text["rope_theta"]), "bos": text["bos_token_id"],
-    "action_end": text["vocab_size"] - c["pad_to_multiple_of"], "pad": c["pad_token_id"], "bins": c["n_action_bins"],
+    "eos": text["eos_token_id"], "pad": c["pad_token_id"], "bins": c["n_action_bins"],
+    "action_end": text["vocab_size"] - c["pad_to_multiple_of"],
     "template": VICUNA if str(c.get("llm_backbone_id", "")).startswith("vicuna") else SEVEN_B.template,
     "resize": RESIZE[strategy],
   }  # fmt: skip
@@ -262,6 +263,7 @@ def config_json(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
       "vocab_size": config.vocabulary, "hidden_size": config.llm_width, "intermediate_size": config.llm_mlp,
       "num_hidden_layers": config.llm_depth, "num_attention_heads": config.llm_width // config.llm_head_size,
       "rms_norm_eps": config.rms_eps, "rope_theta": config.rope_theta, "bos_token_id": config.bos,
+      "eos_token_id": config.eos,
     },
   }  # fmt: skip
   if any(name not in TIMM for name in ids):

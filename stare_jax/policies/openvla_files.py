@@ -13,6 +13,7 @@ trained comes back bit for bit; the parts of the public network that do not exis
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import math
@@ -259,19 +260,21 @@ def save(
     source: the folder that the policy came from. Its other files are carried over, and the tensors that do not exist
       here re-emitted; without it the configuration is written anew, and there is no tokenizer.json.
     stats: action statistics that replace the source's, under the name `dataset`: of a policy fine-tuned here.
-    dtype: of the tensors, "bfloat16", "float16" or "float32"; None as the parameters are.
+    dtype: of the tensors, "bfloat16", "float16" or "float32"; None as the parameters are (and the source's others).
     shard_bytes: files are no larger than this, but for a single larger tensor.
   Raises: CheckpointError; nothing is left behind then.
   """
   config, folder = getattr(policy, "config", policy), pathlib.Path(folder).absolute()
   dead = _check_save(folder, config, params, source)
+  if jax.process_count() > 1:  # or a slow process would look once the first one has written
+    multihost_utils.sync_global_devices("public checkpoint checked")
   cast = None if dtype is None else np.dtype(jnp.dtype(dtype))
   plan, value = [], []
   for t in names.tensors(config):
     if t.path:
       plan.append(Plan(t.name, cast or np.dtype(names.leaf(params, t.path).dtype), t.shape))
     elif t.name in dead:
-      plan.append(Plan(t.name, dead[t.name].dtype, t.shape))
+      plan.append(Plan(t.name, cast or dead[t.name].dtype, t.shape))
   for t in names.value_tensors(config):
     value.append(Plan(t.name, np.dtype(names.leaf(params, t.path).dtype), t.shape))
   wide_first = sorted(plan, key=lambda row: -row.dtype.itemsize)  # keeps every tensor aligned; stable
@@ -286,7 +289,8 @@ def save(
   def arrays(rows: list[Plan]) -> Iterator[np.ndarray]:
     for row in rows:
       t = table[row.name]
-      yield _take(fetched(t.path), t, row.dtype) if t.path else tensor_files.view(dead[t.name])
+      kept = None if t.path else tensor_files.view(dead[t.name]).astype(row.dtype, copy=False)
+      yield kept if kept is not None else _take(fetched(t.path), t, row.dtype)
 
   if jax.process_index() == 0:
     _write(folder, config, source, stats and openvla_config.statistics_json(dataset, stats), files, arrays)
@@ -364,6 +368,21 @@ def _write(
       tensor_files.write(partial / name, rows, arrays(rows))
 
 
+def _with_dtype(path: pathlib.Path, files: Mapping[str, list[Plan]]) -> pathlib.Path | dict[str, Any]:
+  """A config.json whose `torch_dtype` is that of most of what is written; the file itself where it says so already."""
+  size = collections.Counter()
+  for row in (row for name, rows in files.items() if name != VALUE_FILE for row in rows):
+    size[row.dtype.name] += row.nbytes
+  (dtype, _), *_ = size.most_common(1)
+  c = tensor_files.read_json(path)
+  parts = [part for part in (c, c.get("text_config")) if isinstance(part, dict)]
+  if all(part.get("torch_dtype", dtype) == dtype for part in parts):
+    return path
+  for part in parts:
+    part |= {"torch_dtype": dtype} if "torch_dtype" in part else {}
+  return c
+
+
 def _side_files(
   config: Config, source: Any, statistics: dict[str, Any] | None, files: Mapping[str, list[Plan]]
 ) -> dict[str, pathlib.Path | dict[str, Any]]:
@@ -374,6 +393,7 @@ def _side_files(
   else:
     weights = (*tensor_files.PICKLES, ".safetensors", ".index.json")
     out = {p.name: p for p in pathlib.Path(source).iterdir() if p.is_file() and not p.name.endswith(weights)}
+    out["config.json"] = _with_dtype(out["config.json"], files)
   if statistics is not None:
     out["dataset_statistics.json"] = statistics
   shards = {name: rows for name, rows in files.items() if name != VALUE_FILE}
