@@ -290,8 +290,11 @@ NANO = dict(
 )
 
 
-@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
-def test_openvla_on_a_mixed_mesh_is_that_of_one_device(what):
+@pytest.mark.parametrize("what, name", [
+  ("loss", "mixed"), ("gradient", "tensor"),
+  *(pytest.param("gradient", name, marks=pytest.mark.slow) for name in ("fsdp", "mixed")),
+])  # fmt: skip
+def test_openvla_on_a_mesh_is_that_of_one_device(what, name):
   policy = policies.make(name="openvla", size="tiny", stats=STATS, **NANO)
   rng = np.random.default_rng(0)
   obs = policy.encode(rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 8)
@@ -305,7 +308,7 @@ def test_openvla_on_a_mixed_mesh_is_that_of_one_device(what):
     return ops.Mean.of(jnp.square(out.value) - log_prob, jnp.ones(log_prob.shape, bool)), {}
 
   results = []
-  for mesh in (None, mesh_of("mixed")):
+  for mesh in (None, mesh_of(name)):
     state = train.init_state(init, jax.random.key(0), SGD, mesh=mesh, param_axes=policy.param_axes)
     if what == "loss":
       means = train.make_loss(loss_fn)(state.params, sharding.put(batch, mesh))
