@@ -17,6 +17,7 @@ import numpy as np
 import public_model as public
 import pytest
 
+from benchmarks import random_folder
 from stare_jax import checkpoint, convert, pipeline_run, policies, sharding
 from stare_jax.checkpoint import CheckpointError
 from stare_jax.policies import openvla, openvla_config, openvla_files, openvla_names, sizes, tensor_files
@@ -300,6 +301,16 @@ def test_what_was_trained_in_float32_loads_again_in_float32(tmp_path, folders):
     assert {str(x.dtype) for x in public.read(out).values()} == found
     again, loaded = openvla_files.load(out)
     assert again.config == policy.config and jax.tree.map(bits, loaded) == jax.tree.map(bits, params)
+
+
+def test_a_random_folder_is_a_public_one(tmp_path, fused):
+  """What `benchmarks.random_folder` writes at 7B, at a small size: every public tensor, and it loads."""
+  policy, _, tensors = fused
+  out = random_folder.write(tmp_path / "random", policy.config, shard_bytes=100_000)
+  form = lambda tensors: {name: (x.shape, x.dtype) for name, x in tensors.items()}
+  assert form(public.read(out)) == form(tensors)
+  assert len(list(out.glob("*.safetensors"))) > 1
+  assert openvla_files.load(out, tokenizer=lambda text: [5], start=3)[0].config == policy.config
 
 
 def test_without_a_source_the_configuration_is_written_anew(tmp_path, fused):
