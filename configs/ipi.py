@@ -99,6 +99,7 @@ METHODS = {
   # The paper's critic, a head on the policy, where the default preset's sees the simulator's state.
   "ppo_pixels": PPO | {"interaction.critic": "policy"},
   "sta_ppo_pixels": STA_PPO | {"interaction.critic": "policy"},
+  "by_stage_pixels": STA_PPO | {"interaction.critic": "policy", "interaction.standardise": "stage"},
   "milestone_pixels": MILESTONES | {"interaction.critic": "policy"},
   "milestone_sta_pixels": STA_MILESTONES | {"interaction.critic": "policy"},
   # Ablations: of sta_tpo the first two, of sta_ppo the others.
@@ -106,6 +107,7 @@ METHODS = {
   "tpo_same_pairs": STA_TPO | {"preference.loss": "tpo"},
   "no_gating": STA_TPO | {"preference.hp.gating": False},
   "offset_1": STA_PPO | {"interaction.offset": 1.0},
+  "by_stage": STA_PPO | {"interaction.standardise": "stage"},
   "offset_0": STA_PPO | {"interaction.offset": 0.0},
   "no_potential": STA_PPO | {"interaction.reward": "stages"},
 }  # fmt: skip
@@ -141,6 +143,7 @@ def interaction() -> dict:
     reward="potential",  # stare_jax/pipeline_rewards.py lists them
     terminal="zero",
     stop_on_success=True,  # False: episodes of a fixed length, for a reward that goes on after the first success
+    standardise="all",  # advantages of the whole rollout together; "stage": those of each stage by themselves
     bootstrap=True,  # False: nothing is worth anything after the time limit
     offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
     success_reward=0.0,  # 0: K * max(offset, 0.5) + 0.5, more than any potential that success ends

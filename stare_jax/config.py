@@ -20,8 +20,8 @@ CHOICES = {
   "preference.pairs": ("stage", "trajectory"), "interaction.critic": ("state", "policy"),
   "interaction.terminal": ("zero", "keep"),
   "interaction.reward": ("potential", "stages", "success", "milestones", "shaped_milestones", "levels"),
-  "interaction.hp.ratio": ("action", "token"), "imitation.optimiser.schedule": ("constant", "cosine"),
-  "preference.optimiser.schedule": ("constant", "cosine"),
+  "interaction.standardise": ("all", "stage"), "interaction.hp.ratio": ("action", "token"),
+  "imitation.optimiser.schedule": ("constant", "cosine"), "preference.optimiser.schedule": ("constant", "cosine"),
 }  # fmt: skip
 STOPPED = 75  # exit status (EX_TEMPFAIL): what starts runs may start this one again, which 0 would call finished
 PHASES = ("imitation", "preference", "interaction")

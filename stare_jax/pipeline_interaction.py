@@ -18,6 +18,8 @@ from stare_jax.pipeline_rewards import raw, rewards
 from stare_jax.pipeline_run import Run, advance_until, starting_params, step
 from stare_jax.rollout import Start
 
+FEW = 16  # steps; of fewer no mean and deviation is taken
+
 
 def interaction(run: Run) -> Any:
   """StA-PPO in the simulator (METHOD: Interaction). Every iteration starts from fresh episodes.
@@ -140,7 +142,7 @@ def with_success_reward(c: Any, num_stages: int) -> Any:
 
 
 def advantages(rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, np.ndarray]:
-  """GAE over rows of episodes -> flat arrays of N * T steps; the advantage is standardised over all of them."""
+  """GAE over rows of episodes -> flat arrays of N * T steps; the advantage is standardised (`c.standardise`)."""
   grid = {"reward": [], "value": [], "next_value": [], "terminated": [], "truncated": []}
   for row in rows:
     parts = {name: [] for name in grid}
@@ -158,11 +160,26 @@ def advantages(rows: Sequence[Sequence[StagedEpisode]], c: Any) -> dict[str, np.
   arrays = {name: np.stack(rows_) for name, rows_ in grid.items()}
   valid = np.ones(arrays["reward"].shape, bool)
   advantage, returns = ppo.gae(**arrays, valid=valid, discount=c.hp.discount, lam=c.hp.lam)
-  advantage = ops.standardize(advantage, valid)
+  stage = np.stack([np.concatenate([item.stage_id for item in row]) for row in rows])
+  advantage = ops.standardize(advantage, valid) if c.standardise == "all" else by_stage(np.asarray(advantage), stage)
   episodes = [item.episode for row in rows for item in row]
   flat = {name: np.asarray(x).reshape(-1) for name, x in (("advantage", advantage), ("returns", returns))}
   flat |= {name: np.concatenate([getattr(e, name) for e in episodes]) for name in ("tokens", "log_prob", "value")}
   return flat | {"valid": valid.reshape(-1)}
+
+
+def by_stage(advantage: np.ndarray, stage: np.ndarray) -> np.ndarray:
+  """Each stage's advantages standardised by themselves: a step in a stage that few reach weighs as any other.
+
+    advantage: float32. stage: integers of the same shape.
+  A stage of fewer than `FEW` steps, whose own mean and deviation say little, is standardised with all.
+  """
+  out = np.array(ops.standardize(advantage, np.ones(advantage.shape, bool)))
+  for k in np.unique(stage):
+    here = stage == k
+    if here.sum() >= FEW:
+      out[here] = np.asarray(ops.standardize(advantage, here))[here]
+  return out
 
 
 def learn(run: Run, update: train.Update, state: Any, data: dict[str, Any], i: int) -> tuple[Any, dict[str, float]]:

@@ -153,3 +153,9 @@ def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
   for path in sorted(folder.glob("model*.safetensors")):
     out |= library.load_file(path)
   return out
+
+
+def bits(x: Any) -> bytes:
+  """Type, shape and every bit of an array."""
+  x = np.ascontiguousarray(np.asarray(x))
+  return f"{x.dtype}{x.shape}".encode() + x.tobytes()

@@ -79,7 +79,8 @@ def test_methods_differ_from_each_other():
 def test_an_ablation_changes_one_thing():
   ablations = {
     "sta_tpo": ("no_cost", "no_gating", "tpo_same_pairs"),
-    "sta_ppo": ("no_potential", "offset_0", "offset_1", "sta_ppo_pixels"),
+    "sta_ppo": ("no_potential", "offset_0", "offset_1", "by_stage", "sta_ppo_pixels"),
+    "sta_ppo_pixels": ("by_stage_pixels",),
     "ppo_clean": ("ppo_pixels",),
     "milestone_ppo": ("milestone_pixels",),
     "milestone_sta_ppo": ("milestone_sta_pixels",),

@@ -18,10 +18,9 @@ import public_model as public
 import pytest
 
 from benchmarks import random_folder
-from stare_jax import checkpoint, convert, pipeline_run, policies, sharding
+from stare_jax import policies, sharding
 from stare_jax.checkpoint import CheckpointError
 from stare_jax.policies import openvla, openvla_config, openvla_files, openvla_names, sizes, tensor_files
-from tests import toy_run
 
 FUSED = [public.DINO, public.SIGLIP]
 VARIANTS = {"fused": FUSED, "siglip": [public.SIGLIP], "dino": [public.DINO]}
@@ -50,11 +49,6 @@ def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
 def fused(folders):
   """(policy, params, tensors by public name) on one device."""
   return *openvla_files.load(folders["fused"]), public.read(folders["fused"])
-
-
-def bits(x) -> bytes:
-  x = np.ascontiguousarray(np.asarray(x))
-  return f"{x.dtype}{x.shape}".encode() + x.tobytes()
 
 
 # The table -------------------------------------------------------------------------------------------------
@@ -170,7 +164,7 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(folders, fused, on_d
   policy, params = policies.load(folders["fused"], mesh=mesh)
   places = sharding.shardings(params, policy.param_axes, mesh)
   assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, params, places))
-  assert jax.tree.map(bits, params) == jax.tree.map(bits, fused[1])
+  assert jax.tree.map(public.bits, params) == jax.tree.map(public.bits, fused[1])
 
 
 def test_a_process_reads_only_what_its_devices_hold(folders, monkeypatch):
@@ -205,7 +199,7 @@ def test_every_number_survives_the_device(tmp_path):
   number = ~np.isnan(every.astype(np.float32))
   assert number.sum() == 2**16 - 2 * 127
   for back in (np.asarray(leaf)[0, :, 2].T, openvla_files._take(leaf, t, every.dtype)):
-    assert bits(back[number]) == bits(every[number]) and np.isnan(back[~number].astype(np.float32)).all()
+    assert public.bits(back[number]) == public.bits(every[number]) and np.isnan(back[~number].astype(np.float32)).all()
 
 
 def test_dtype_is_the_files_unless_asked(tmp_path, folders):
@@ -221,15 +215,15 @@ def test_dtype_is_the_files_unless_asked(tmp_path, folders):
   with pytest.raises(CheckpointError, match="mixes float16, float32: choose with param_dtype="):
     openvla_files.load(mixed)
   _, again = openvla_files.load(mixed, param_dtype="float32")
-  assert jax.tree.map(bits, again) == jax.tree.map(bits, params)
+  assert jax.tree.map(public.bits, again) == jax.tree.map(public.bits, params)
 
 
 def test_a_state_dict_needs_no_files(fused):
   policy, params, tensors = fused
   loaded = openvla_files.to_params(policy.config, tensors)
-  assert jax.tree.map(bits, loaded) == jax.tree.map(bits, params)
+  assert jax.tree.map(public.bits, loaded) == jax.tree.map(public.bits, params)
   live = dict(openvla_files.to_public(policy.config, loaded))
-  assert {name: bits(x) for name, x in live.items()} == {name: bits(tensors[name]) for name in live}
+  assert {name: public.bits(x) for name, x in live.items()} == {name: public.bits(tensors[name]) for name in live}
   dead = {t.name for t in openvla_names.tensors(policy.config) if not t.path}
   assert set(tensors) - set(live) == dead
   with pytest.raises(CheckpointError, match="1 tensors are missing"):
@@ -248,7 +242,7 @@ def test_round_trip_bit_for_bit(tmp_path, folders, towers, files):
     tmp_path / "out", policy, params, source, shard_bytes=10**9 if files == "one file" else 40_000
   )
   again = public.read(out)  # by the library, which checks the format
-  assert {name: bits(x) for name, x in again.items()} == {name: bits(x) for name, x in tensors.items()}
+  assert {name: public.bits(x) for name, x in again.items()} == {name: public.bits(x) for name, x in tensors.items()}
   models = sorted(p.name for p in out.glob("model*.safetensors"))
   if files == "shards":
     assert len(models) > 2 and max((out / name).stat().st_size for name in models) < 50_000
@@ -260,7 +254,7 @@ def test_round_trip_bit_for_bit(tmp_path, folders, towers, files):
   for name in ("config.json", "preprocessor_config.json", "tokenizer.json", "README.md"):
     assert (out / name).read_bytes() == (source / name).read_bytes()
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
-  assert jax.tree.map(bits, openvla_files.load(out)[1]) == jax.tree.map(bits, params)  # the value head too
+  assert jax.tree.map(public.bits, openvla_files.load(out)[1]) == jax.tree.map(public.bits, params)  # value head too
 
 
 @pytest.mark.parametrize("where", ["on the device", "on the host"])
@@ -276,11 +270,11 @@ def test_from_a_mesh_only_what_was_trained_changes(tmp_path, folders, monkeypatc
   out = openvla_files.save(tmp_path / "out", policy, params, source, stats=stats, dataset="pull_cube")
   before, after = public.read(source), public.read(out)
   v = "language_model.model.layers.1.self_attn.v_proj.weight"
-  assert {name for name in before if bits(before[name]) != bits(after[name])} == {v}
+  assert {name for name in before if public.bits(before[name]) != public.bits(after[name])} == {v}
   np.testing.assert_array_equal(after[v].astype(np.float32), 2 * before[v].astype(np.float32))
   monkeypatch.undo()
   again = openvla_files.load(out, unnorm_key="pull_cube")
-  assert jax.tree.map(bits, again[1]) == jax.tree.map(bits, params)
+  assert jax.tree.map(public.bits, again[1]) == jax.tree.map(public.bits, params)
   assert again[1]["value"]["fc1"]["bias"].dtype == jnp.float32  # in the dtype that it was trained in
   np.testing.assert_array_equal(again[0].decode(np.full((1, 7), 127)), policies_decode(stats, 127))
 
@@ -300,7 +294,7 @@ def test_what_was_trained_in_float32_loads_again_in_float32(tmp_path, folders):
     out = openvla_files.save(tmp_path / name, policy, params, source, dtype=dtype)
     assert {str(x.dtype) for x in public.read(out).values()} == found
     again, loaded = openvla_files.load(out)
-    assert again.config == policy.config and jax.tree.map(bits, loaded) == jax.tree.map(bits, params)
+    assert again.config == policy.config and jax.tree.map(public.bits, loaded) == jax.tree.map(public.bits, params)
 
 
 def test_a_random_folder_is_a_public_one(tmp_path, fused):
@@ -313,6 +307,19 @@ def test_a_random_folder_is_a_public_one(tmp_path, fused):
   assert openvla_files.load(out, tokenizer=lambda text: [5], start=3)[0].config == policy.config
 
 
+def test_a_cast_folder_says_so(tmp_path, folders, fused):
+  """All of its tensors are cast, those that this network does without among them, and config.json names the type."""
+  policy, params, before = fused
+  out = openvla_files.save(tmp_path / "out", policy, params, folders["fused"], dtype="float32")
+  after, (was, now) = public.read(out), (json.loads((f / "config.json").read_text()) for f in (folders["fused"], out))
+  assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {np.dtype("float32")}
+  assert all(public.bits(x.astype(np.float32)) == public.bits(after[name]) for name, x in before.items())
+  assert was["torch_dtype"] == "bfloat16" and now == was | {
+    "torch_dtype": "float32", "text_config": was["text_config"] | {"torch_dtype": "float32"}}  # fmt: skip
+  same = openvla_files.save(tmp_path / "same", policy, params, folders["fused"])
+  assert (same / "config.json").read_bytes() == (folders["fused"] / "config.json").read_bytes()
+
+
 def test_without_a_source_the_configuration_is_written_anew(tmp_path, fused):
   policy, params, tensors = fused
   stats = policies.ActionStats(q01=-np.ones(7, np.float32), q99=np.ones(7, np.float32), mask=np.ones(7, bool))
@@ -320,7 +327,7 @@ def test_without_a_source_the_configuration_is_written_anew(tmp_path, fused):
   tokenizer = openvla_config.Tokenizer(public.tokenizer(), 3)
   again, loaded = openvla_files.load(out, tokenizer=tokenizer, start=3, param_dtype="bfloat16")
   assert again.config == policy.config
-  assert jax.tree.map(bits, loaded) == jax.tree.map(bits, params)
+  assert jax.tree.map(public.bits, loaded) == jax.tree.map(public.bits, params)
   written = public.read(out)
   assert {str(x.dtype) for x in written.values()} == {"float32"}
   assert set(tensors) - set(written) == {t.name for t in openvla_names.tensors(policy.config) if not t.path}
@@ -365,89 +372,6 @@ def test_saving_refuses_and_leaves_nothing(tmp_path, folders, fused, monkeypatch
   assert list(tmp_path.iterdir()) == []
 
 
-# Folder to checkpoint of a run, and back -------------------------------------------------------------------
-
-
-def test_convert_there_and_back(tmp_path, folders, capsys):
-  source, out = folders["fused"], tmp_path / "orbax"
-  assert convert.main(["--to-orbax", str(source), str(out)]) == 0
-  assert f"--config.init_from={out}" in capsys.readouterr().out
-  _, stats = openvla_config.read_statistics(source)
-  assert jax.tree.map(bits, pipeline_run.read_statistics(out)) == jax.tree.map(bits, stats)
-  back = tmp_path / "public"
-  assert convert.main(["--to-public", str(out), str(back), "--source", str(source), "--dataset", "mine"]) == 0
-  before, after = public.read(source), public.read(back)
-  assert {name: bits(x) for name, x in before.items()} == {name: bits(x) for name, x in after.items()}
-  name, again = openvla_config.read_statistics(back)
-  assert name == "mine" and jax.tree.map(bits, again) == jax.tree.map(bits, stats)
-  first, second = (openvla_files.load(f)[1]["value"] for f in (source, back))
-  assert jax.tree.map(bits, first) == jax.tree.map(bits, second)
-
-
-def test_convert_says_what_is_wrong(tmp_path, folders, capsys):
-  source, out = folders["fused"], tmp_path / "orbax"
-  assert convert.main(["--to-orbax", str(source), str(out), "--unnorm-key", "brige_orig"]) == 2
-  assert "did you mean 'bridge_orig'" in capsys.readouterr().err and not out.exists()
-  assert convert.main(["--to-public", str(out), str(tmp_path / "x"), "--source", str(source)]) == 2
-  assert "no checkpoint in" in capsys.readouterr().err
-  checkpoint.save(out, 3, {"params": {"llm": np.zeros(3)}}, {})
-  assert convert.main(["--to-public", str(out), str(tmp_path / "x"), "--source", str(source)]) == 2
-  assert "carries no action statistics" in capsys.readouterr().err
-  assert convert.main(["--to-orbax", str(source), str(out)]) == 2
-  assert "holds checkpoints already" in capsys.readouterr().err
-  with pytest.raises(SystemExit):
-    convert.main(["--to-public", str(out), str(tmp_path / "x")])
-  assert "--to-public needs --source" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags, words", [
-  (("--to-orbax", "a", "b", "--source", "c"), "--source does nothing with --to-orbax; it belongs to --to-public and"),
-  (("--to-orbax", "a", "b", "--step", "0"), "--step does nothing with --to-orbax"),
-  (("--to-public", "a", "b", "--source", "c", "--unnorm-key", "d"), "--unnorm-key does nothing with --to-public"),
-  (("--to-peft", "a", "b", "--source", "c", "--dtype", "float32"), "it belongs to --to-orbax and --to-public"),
-  (("--to-peft", "a", "b", "--source", "c", "--dataset", "d"), "--dataset does nothing with --to-peft"),
-])  # fmt: skip
-def test_a_flag_of_another_command_is_not_taken_silently(flags, words, capsys):
-  with pytest.raises(SystemExit):
-    convert.main(flags)
-  assert words in capsys.readouterr().err
-
-
-def test_a_cast_folder_says_so(tmp_path, folders, fused):
-  """All of its tensors are cast, those that this network does without among them, and config.json names the type."""
-  policy, params, before = fused
-  out = openvla_files.save(tmp_path / "out", policy, params, folders["fused"], dtype="float32")
-  after, (was, now) = public.read(out), (json.loads((f / "config.json").read_text()) for f in (folders["fused"], out))
-  assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {np.dtype("float32")}
-  assert all(bits(x.astype(np.float32)) == bits(after[name]) for name, x in before.items())
-  assert was["torch_dtype"] == "bfloat16" and now == was | {
-    "torch_dtype": "float32", "text_config": was["text_config"] | {"torch_dtype": "float32"}}  # fmt: skip
-  same = openvla_files.save(tmp_path / "same", policy, params, folders["fused"])
-  assert (same / "config.json").read_bytes() == (folders["fused"] / "config.json").read_bytes()
-
-
-def test_a_run_starts_from_a_converted_folder(tmp_path, monkeypatch, rng):
-  """As --config.init_from, through what the pipeline checks."""
-  one = jax.devices()[:1]
-  monkeypatch.setattr(sharding, "make_mesh", lambda sizes=None, make=sharding.make_mesh: make(dict(data=1), one))
-  config = toy_run.get_config()
-  with config.unlocked():
-    config.policy.options.projector = 128  # 4 x features, as public ones have it
-  options = {**config.policy.options.to_dict(), "image_size": config.sim.image_size}
-  network = sizes.configure("tiny", options)
-  params = openvla_names.nest({
-    path: rng.standard_normal(shape).astype(np.float32) for path, shape in openvla_names.shapes(network).items()
-  })  # fmt: skip
-  stats = policies.ActionStats(q01=-np.ones(7, np.float32), q99=np.ones(7, np.float32), mask=np.arange(7) < 6)
-  folder = openvla_files.save(tmp_path / "public", network, params, stats=stats)
-  convert.to_orbax(folder, tmp_path / "orbax")
-  config.init_from, config.phases = str(tmp_path / "orbax"), ("preference",)
-  run = pipeline_run.Run(config, tmp_path / "run")
-  started = pipeline_run.starting_params(run, "preference")
-  assert jax.tree.map(bits, started) == jax.tree.map(bits, params)
-  assert jax.tree.map(bits, run.stats) == jax.tree.map(bits, stats)
-
-
 # Several processes, and memory -----------------------------------------------------------------------------
 
 PROCESS = """
@@ -488,7 +412,7 @@ def test_two_processes_load_and_save_together(tmp_path, folders, user_environmen
       process.kill()
   assert [process.returncode for process in both] == [0, 0], "\n".join(told)
   before, after = public.read(folders["fused"]), public.read(tmp_path / "out")
-  assert {name: bits(x) for name, x in before.items()} == {name: bits(x) for name, x in after.items()}
+  assert {name: public.bits(x) for name, x in before.items()} == {name: public.bits(x) for name, x in after.items()}
 
 
 

@@ -154,7 +154,7 @@ def rollout(rng: np.random.Generator) -> list[list[StagedEpisode]]:
 
 
 def settings(**changes) -> ml_collections.ConfigDict:
-  c = dict(reward="potential", offset=0.5, terminal="zero", bootstrap=True, success_reward=3.0)
+  c = dict(reward="potential", offset=0.5, terminal="zero", bootstrap=True, success_reward=3.0, standardise="all")
   return ml_collections.ConfigDict(c | dict(hp=dict(discount=0.9, lam=0.8)) | changes)
 
 

@@ -12,12 +12,12 @@ import pytest
 from benchmarks import stage_rewards
 from stare_jax.episode import SIGNAL_SIZE, SIGNALS, Episode, StagedEpisode, pack_signals
 from stare_jax.losses import ops
-from stare_jax.pipeline_interaction import advantages, with_success_reward
+from stare_jax.pipeline_interaction import FEW, advantages, by_stage, with_success_reward
 from stare_jax.pipeline_rewards import levels, raw, rewards, stage_of
 
 
 def settings(reward: str, **changes) -> ml_collections.ConfigDict:
-  c = dict(reward=reward, offset=0.5, terminal="zero", bootstrap=True, success_reward=2.0)
+  c = dict(reward=reward, offset=0.5, terminal="zero", bootstrap=True, success_reward=2.0, standardise="all")
   return ml_collections.ConfigDict(c | dict(hp=dict(discount=0.9, lam=0.8)) | changes)
 
 
@@ -129,6 +129,30 @@ def test_without_bootstrap_nothing_is_worth_anything_after_the_time_limit(bootst
   np.testing.assert_allclose(data["returns"], flip(returns), rtol=1e-4, atol=1e-5)
   want = ops.standardize(flip(advantage).astype(np.float32), np.ones(18, bool))
   np.testing.assert_allclose(data["advantage"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_advantages_of_a_stage_by_themselves():
+  """A loop over stages; one of few steps counts with all, and a stage's own scale and mean are gone."""
+  rng = np.random.default_rng(0)
+  stage = rng.choice(4, size=(10, 30), p=[0.5, 0.3, 0.19, 0.01])
+  advantage = (rng.normal(size=stage.shape) * 10.0**stage + stage).astype(np.float32)
+  found, counts = by_stage(advantage, stage), np.bincount(stage.ravel())
+  pooled = (advantage - advantage.mean()) / advantage.std()
+  assert 0 < counts[3] < FEW <= counts[:3].min()
+  for k in range(3):
+    of = advantage[stage == k]
+    np.testing.assert_allclose(found[stage == k], (of - of.mean()) / of.std(), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(found[stage == 3], pooled[stage == 3], rtol=1e-4)
+  np.testing.assert_allclose(by_stage(advantage, 0 * stage), pooled, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rows_of_a_rollout_know_their_stages():
+  two = lambda seed: [staged([0] * 20 + [1] * 20, [20, -1], seed=seed), staged([0] * 10, [-1, -1], seed=seed + 1)]
+  rows = [two(0), two(2)]
+  together, apart = (advantages(rows, settings("success", standardise=how)) for how in ("all", "stage"))
+  stage = np.concatenate([item.stage_id for row in rows for item in row])
+  np.testing.assert_allclose(apart["advantage"], by_stage(together["advantage"], stage), atol=1e-5)
+  assert abs(apart["advantage"][stage == 1].mean()) < 1e-5 < abs(together["advantage"][stage == 1].mean())
 
 
 def test_the_share_of_penalised_stage_changes_by_hand():
