@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import shutil
 
 import ml_dtypes
 import numpy as np
 
+from stare_jax.checkpoint import CheckpointError
 from stare_jax.policies import ActionStats, openvla_config, openvla_names, tensor_files
 from stare_jax.policies.openvla_files import SHARD_BYTES
 from stare_jax.policies.sizes import SEVEN_B, Config
@@ -25,7 +27,9 @@ DTYPE = np.dtype(ml_dtypes.bfloat16)
 
 
 def write(folder: pathlib.Path, config: Config, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> pathlib.Path:
-  """The folder of any size, a tensor at a time. Raises CheckpointError where it exists or the disk is full."""
+  """The folder of any size, a tensor at a time. Raises CheckpointError where it exists or the disk has no room."""
+  if folder.exists():
+    raise CheckpointError(f"{folder} exists already; name a new folder, or remove that one")
   files = tensor_files.shards([tensor_files.Plan(t.name, DTYPE, t.shape) for t in openvla_names.tensors(config)],
                               shard_bytes)  # fmt: skip
   described, processor = openvla_config.config_json(config)
@@ -34,7 +38,11 @@ def write(folder: pathlib.Path, config: Config, seed: int = 0, shard_bytes: int 
            "dataset_statistics.json": openvla_config.statistics_json("random", stats)}  # fmt: skip
   texts |= {tensor_files.INDEX: tensor_files.index_of(files)} if len(files) > 1 else {}
   rng = np.random.default_rng(seed)
+  size = sum(row.nbytes for rows in files.values() for row in rows)
   with tensor_files.appearing(folder) as partial:
+    if (free := shutil.disk_usage(partial).free) < 1.01 * size:
+      raise CheckpointError(f"disk full: {folder} needs {size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+                            f"choose a folder on another disk. Nothing was written")
     for name, content in texts.items():
       (partial / name).write_text(json.dumps(content, indent=2) + "\n")
     for name, rows in files.items():

@@ -1,11 +1,11 @@
-"""Whether the stages that a run was trained on are those that it would have been given online. JSON lines.
+"""Whether the stages of a run's recorded episodes are those that they would have been given online. JSON lines.
 
   python -m benchmarks.stage_labels runs/pull_cube-default-seed0 [RUN ...]
 
 Reads every recorded episode of the runs (data/**/*.episodes), nothing is simulated: each is labelled as a whole
 (`stages.annotate`, what the phases do) and again by a `stages.Separator`, one step at a time. A line for each folder of
-data counts the states and those with another stage, another completed stage or another potential; the exit status is 1
-if there is one.
+data counts the states and those with another stage or another potential, and the episodes in which a stage was
+completed at another step; the exit status is 1 if there is one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
   rows = [row | {"run": str(run)} for run in parser.parse_args().runs for row in compared(run)]
   for row in rows:
     print(json.dumps(row))
-  sys.exit(any(row["differ"] for row in rows))
+  sys.exit(any(row["states_differ"] or row["episodes_differ"] for row in rows))
 
 
 def compared(run: pathlib.Path) -> list[dict]:
@@ -43,15 +43,15 @@ def compared(run: pathlib.Path) -> list[dict]:
   rows = []
   for folder in sorted({path.parent for path in paths}):
     episodes = [episode for path in paths if path.parent == folder for episode in dataset.open(path)[0]]
-    states, differ = count(task, episodes)
+    states, *differ = count(task, episodes)
     rows.append({"task": task.name, "data": str(folder.relative_to(run / "data")), "episodes": len(episodes),
-                 "states": states, "differ": differ})  # fmt: skip
+                 "states": states, "states_differ": differ[0], "episodes_differ": differ[1]})  # fmt: skip
   return rows
 
 
-def count(task: tasks.Task, episodes: list[Episode]) -> tuple[int, int]:
-  """(states of all episodes, those that are judged otherwise online)."""
-  states = differ = 0
+def count(task: tasks.Task, episodes: list[Episode]) -> tuple[int, int, int]:
+  """(states of all episodes, those that are judged otherwise online, episodes with other completions)."""
+  states = differ = otherwise = 0
   for item in stages.annotate(task, episodes):
     signals = np.asarray(item.episode.signals)
     online = stages.Separator(task, 1)
@@ -62,8 +62,8 @@ def count(task: tasks.Task, episodes: list[Episode]) -> tuple[int, int]:
       potential.append(online.potential(now[None])[0])
     other = (np.array(stage) != stage_of(item)) | ~np.isclose(potential, item.potential, rtol=0, atol=1e-6)
     states, differ = states + len(signals), differ + int(other.sum())
-    differ += not np.array_equal(online.completed_at[0], item.completed_at)
-  return states, differ
+    otherwise += not np.array_equal(online.completed_at[0], item.completed_at)
+  return states, differ, otherwise
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ TPO = STA_TPO | {"preference.loss": "tpo", "preference.pairs": "trajectory"}
 STA_PPO = {"phases": ("imitation", "interaction")}
 PPO = STA_PPO | {"interaction.reward": "success"}
 MILESTONES = STA_PPO | {"interaction.reward": "milestones"}
-STA_MILESTONES = STA_PPO | {"interaction.reward": "shaped_milestones", "interaction.offset": 0.0}
+STA_MILESTONES = STA_PPO | {"interaction.reward": "shaped_milestones"}
 RL4VLA = STA_PPO | {
   "interaction.reward": "levels", "interaction.stop_on_success": False, "interaction.steps": 0,
   "interaction.bootstrap": False, "interaction.epochs": 1, "interaction.batch": 160, "interaction.temperature": 1.0,
@@ -146,7 +146,7 @@ def interaction() -> dict:
     standardise="all",  # advantages of the whole rollout together; "stage": those of each stage by themselves
     bootstrap=True,  # False: nothing is worth anything after the time limit
     offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
-    success_reward=0.0,  # 0: K * max(offset, 0.5) + 0.5, more than any potential that success ends
+    success_reward=0.0,  # 0: K * max(offset, 0.5) + 0.5, more than a success gives back; K + 0.5 for shaped_milestones
     optimiser=dict(
       learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
     ),

@@ -18,7 +18,7 @@ from stare_jax.pipeline_rewards import raw, rewards
 from stare_jax.pipeline_run import Run, advance_until, starting_params, step
 from stare_jax.rollout import Start
 
-FEW = 16  # steps; of fewer no mean and deviation is taken
+FEW = 16  # steps: of fewer, a deviation is wrong by a fifth and more
 
 
 def interaction(run: Run) -> Any:
@@ -131,13 +131,13 @@ def with_success_reward(c: Any, num_stages: int) -> Any:
 
   That is more than any potential, (K - 1) * offset + sigmoid(1) at offset 0.5. A success ends the potential it has
   (Phi of a terminal state is 0), and a critic that is still at zero would otherwise call it a loss. With shaped
-  milestones it is K * max(offset, 1) + 0.5, for the same reason: a stage that ends gives back up to sigmoid(1) = 0.73.
+  milestones it is K + 0.5 for the same reason: each part is for a stage that gives back up to sigmoid(1) = 0.73.
   """
   if c.success_reward:
     return c
   c = c.copy_and_resolve_references()
   with c.unlocked():
-    c.success_reward = num_stages * max(c.offset, 1.0 if c.reward == "shaped_milestones" else 0.5) + 0.5
+    c.success_reward = num_stages * (1.0 if c.reward == "shaped_milestones" else max(c.offset, 0.5)) + 0.5
   return c
 
 
@@ -172,7 +172,8 @@ def by_stage(advantage: np.ndarray, stage: np.ndarray) -> np.ndarray:
   """Each stage's advantages standardised by themselves: a step in a stage that few reach weighs as any other.
 
     advantage: float32. stage: integers of the same shape.
-  A stage of fewer than `FEW` steps, whose own mean and deviation say little, is standardised with all.
+  Returns: float32 of the same shape. A stage of fewer than `FEW` steps, whose own mean and deviation say little, is
+  standardised with all.
   """
   out = np.array(ops.standardize(advantage, np.ones(advantage.shape, bool)))
   for k in np.unique(stage):

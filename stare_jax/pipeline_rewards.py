@@ -4,7 +4,7 @@
   stages      the same with Phi = offset * (g - 1): completed stages count, progress inside a stage does not (ablation)
   success     the success reward alone: PPO
   milestones  the success reward in equal parts, one for each completed stage; no potential, nothing is paid back
-  shaped_milestones  those, and the difference of the potential (Eq. Shape); with offset 0 a completed stage is paid
+  shaped_milestones  those, and the difference of phi_g, the potential without its offset: a completed stage is paid
               for good, and progress inside a stage is lent
   levels      differences of RL4VLA's level, 0.1 [grasped so far] + 0.1 [grasped for 5 steps in a row so far]
               + [success now, grasped so far]: what is lost again after a success is taken back
@@ -29,7 +29,8 @@ def rewards(item: StagedEpisode, c: Any) -> np.ndarray:
   reward = raw(item, c)
   if c.reward not in SHAPED:
     return reward
-  potential = np.float32(c.offset) * stage_of(item) if c.reward == "stages" else item.potential
+  jumps = np.float32(c.offset) * stage_of(item)
+  potential = {"potential": item.potential, "stages": jumps, "shaped_milestones": item.potential - jumps}[c.reward]
   done = np.array(item.episode.terminated)
   return stages.shaped_reward(reward, potential, done, discount=c.hp.discount, terminal=c.terminal)
 

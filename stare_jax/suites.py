@@ -13,6 +13,7 @@ and the same start in every process, whatever ran before. `in_distribution` chan
   instruction   -                                        one of the task's other phrasings
   distractor    half: metres                             a box or ball of another colour beside the objects
   colour        -                                        another colour of the object, and of its name if it has one
+  object        -                                        another object (`Task.substitute`), and its name
   arm           joint: rad; tool: metres                 other joint angles at the start, and where the tool is then
   place         -                                        the object outside the range of training (`Task.region`)
   move          step: control steps; least: metres       the object put elsewhere in that range, in mid-episode
@@ -35,7 +36,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }  # fmt: skip
 # What each simulator can change; an instruction is the policy's matter and needs none.
 CAN_CHANGE: dict[str, tuple[str, ...]] = {
-  "maniskill": ("camera", "light", "table", "noise", "overlay", "distractor", "colour", "arm", "place", "move"),
+  "maniskill": ("camera", "light", "table", "noise", "overlay", "distractor", "colour", "object",
+                "arm", "place", "move"),
   "toy": ("noise",),
 }
 _TEMPLATES = ("please {}", "robot {}", "{} now")  # for a task that lists no phrasings
@@ -80,6 +82,7 @@ SUITES: tuple[Suite, ...] = (
   Suite("distractor", "semantics", "a box or ball of another colour beside the objects",
         {"distractor": dict(half=(0.014, 0.024))}),
   Suite("object_colour", "semantics", "another colour of the object", {"colour": {}}),
+  Suite("object_unseen", "semantics", "an object that training never had, and its name", {"object": {}}),
   Suite("arm_pose", "execution", "the arm's joints turned by 0.03 to 0.15 rad each, the tool 4 to 12 cm off",
         {"arm": dict(joint=(0.03, 0.15), tool=(0.04, 0.12))}),
   Suite("object_position", "execution", "the object outside the range of training", {"place": {}}),
@@ -122,6 +125,8 @@ def why_not(suite: Suite, task: Any, simulator: str) -> str:
     return f"the simulator {simulator!r} cannot change: {', '.join(missing)}"
   if task.region is None and (moving := [kind for kind in suite.changes if kind in ("distractor", "place", "move")]):
     return f"{task.name} says of no range that its object starts in (Task.region), so {moving[0]} knows no place"
+  if task.substitute is None and "object" in suite.changes:
+    return f"{task.name} has no other object (Task.substitute)"
   return ""
 
 
@@ -135,7 +140,7 @@ def for_worker(suite: Suite, task: Any) -> dict[str, Any]:
   region = None if task.region is None else task.region._asdict()
   return dict(
     name=suite.name, changes={kind: dict(ranges) for kind, ranges in suite.changes.items()}, region=region,
-    colours=tuple(COLOURS[word] for word in colour_words(task)),
+    colours=tuple(COLOURS[word] for word in colour_words(task)), model=task.substitute and task.substitute.model,
   )  # fmt: skip
 
 
@@ -143,7 +148,7 @@ def fields(suite: Suite | None, task: Any) -> dict[str, Any]:
   """What decides the episodes of an evaluation beside its starts: results of other values are not these."""
   if suite is None:
     return {}
-  needs = {"colours": {"colour", "distractor"}, "region": {"distractor", "place", "move"}}
+  needs = {"colours": {"colour", "distractor"}, "region": {"distractor", "place", "move"}, "model": {"object"}}
   found = for_worker(suite, task) | {"instructions": instructions(suite, task)}
   return {key: value for key, value in found.items() if key not in needs or needs[key] & set(suite.changes)}
 
@@ -168,6 +173,8 @@ def instructions(suite: Suite, task: Any) -> tuple[str, ...]:
   """Everything that the policy can be told under a suite."""
   if "instruction" in suite.changes:
     return phrasings(task)
+  if "object" in suite.changes and task.substitute is not None:
+    return (task.substitute.instruction,)
   if "colour" in suite.changes and _own_colour(task) in task.instruction.split():
     return tuple(_recoloured(task, word) for word in colour_words(task))
   return (task.instruction,)

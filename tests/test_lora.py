@@ -248,13 +248,17 @@ def test_a_wrong_adapter_folder_is_named(tmp_path):
   arrays = load_file(good / lora_files.WEIGHTS)
   first = sorted(arrays)[0]
 
-  def refused(words, config=None, change=lambda arrays: arrays):
+  def edited(config=None, change=lambda arrays: arrays):
     folder = tmp_path / "bad"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
     settings = json.loads((folder / lora_files.CONFIG).read_text())
     (folder / lora_files.CONFIG).write_text(json.dumps(settings | (config or {})))
     save_file(change(dict(arrays)), folder / lora_files.WEIGHTS)
+    return folder
+
+  def refused(words, *changes, **more):
+    folder = edited(*changes, **more)
     with pytest.raises(CheckpointError) as caught:
       lora_files.load(folder, policy.config)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -264,6 +268,8 @@ def test_a_wrong_adapter_folder_is_named(tmp_path):
   refused(("modules_to_save",), {"modules_to_save": ["lm_head"]})
   for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"):  # which change the base's weights, too
     refused(("init_lora_weights", init, "merge_and_unload"), {"init_lora_weights": init})
+  for plain in ({"init_lora_weights": "Gaussian"}, {"init_lora_weights": True, "corda_config": {"verbose": True}}):
+    lora_files.load(edited(plain), policy.config)
   refused(("alora_invocation_tokens",), {"alora_invocation_tokens": [5, 6]})
   refused(("kasa_config",), {"kasa_config": {"beta": 1e-4}})
   refused(("of_next_year",), {"of_next_year": True})
@@ -380,7 +386,6 @@ def test_an_update_moves_the_adapters_alone_whatever_the_micro_batch():
   assert sorted(x.size for x in moments) == sorted(2 * [x.size for x in trained])
 
 
-@pytest.mark.slow
 def test_modules_of_one_kernel_that_are_not_adapted_stay_zeros():
   """q_proj in two of three layers, v_proj in all: what stands for the third q_proj is not trained, however long."""
   spec, wrapped, _ = adapted(RAGGED)
@@ -398,6 +403,7 @@ def test_modules_of_one_kernel_that_are_not_adapted_stay_zeros():
   assert all(x.any() and y.any() for x, y in moved)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_update_of_one_device():
   """Base, adapters and moments in pieces, over fsdp and tensor: the same step, and everything stays where it lies."""
   _, wrapped, params = adapted()

@@ -59,7 +59,7 @@ def labelled_alike(workdir: pathlib.Path) -> None:
   """Every recorded episode has online the stages, completions and potentials that the phases gave it as a whole."""
   rows = stage_labels.compared(workdir)
   assert {row["data"] for row in rows} == {"demonstrations", "preference"}
-  assert all(row["episodes"] and row["differ"] == 0 for row in rows), rows
+  assert all(row["episodes"] and row["states_differ"] == row["episodes_differ"] == 0 for row in rows), rows
 
 
 @pytest.mark.slow

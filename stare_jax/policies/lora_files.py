@@ -35,7 +35,8 @@ PREFIX = "base_model.model."
 READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
 IGNORED = (  # which modules (the tensors' names say it), how it was trained, and by whom
   "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode",
-  "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "runtime_config", "eva_config",
+  "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "runtime_config",
+  "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # of a start: `init_lora_weights` says which it was
   "megatron_config", "megatron_core", "qalora_group_size",
 )  # fmt: skip
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # others change the base's weights as well
@@ -155,7 +156,8 @@ def _settings(folder: pathlib.Path) -> tuple[int, float, bool]:
   if found.get("peft_type") != "LORA":
     raise CheckpointError(f'{folder / CONFIG}: peft_type is {found.get("peft_type")!r}, expected "LORA"')
   odd = [key for key, x in found.items() if key not in READ + IGNORED and x not in (None, False, "none", [], {})]
-  odd += ["init_lora_weights"] if found.get("init_lora_weights") not in INITS else []
+  start = found.get("init_lora_weights")
+  odd += ["init_lora_weights"] if (start.lower() if isinstance(start, str) else start) not in INITS else []
   if odd:
     raise CheckpointError(f"{folder / CONFIG}: {odd[0]} = {found[odd[0]]!r} is not read, only plain LoRA is: merge "
                           f"this adapter with peft's merge_and_unload and load the merged model")

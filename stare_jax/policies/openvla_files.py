@@ -317,6 +317,7 @@ def _check_save(folder: pathlib.Path, config: Config, params: Any, source: Any) 
   if source is None:
     openvla_config.config_json(config)
     return {}
+  tensor_files.read_json(pathlib.Path(source) / "config.json")
   entries = tensor_files.read_folder(source)
   names.check_shapes(f"source {source}", names.tensors(config), {name: e.shape for name, e in entries.items()})
   return {t.name: entries[t.name] for t in names.tensors(config) if not t.path and t.name in entries}
@@ -368,19 +369,20 @@ def _write(
       tensor_files.write(partial / name, rows, arrays(rows))
 
 
-def _with_dtype(path: pathlib.Path, files: Mapping[str, list[Plan]]) -> pathlib.Path | dict[str, Any]:
-  """A config.json whose `torch_dtype` is that of most of what is written; the file itself where it says so already."""
+def _with_dtype(
+  given: pathlib.Path | dict[str, Any], files: Mapping[str, list[Plan]]
+) -> pathlib.Path | dict[str, Any]:
+  """A config.json that names the type of most of what is written; as it was given where it does or names none."""
   size = collections.Counter()
   for row in (row for name, rows in files.items() if name != VALUE_FILE for row in rows):
     size[row.dtype.name] += row.nbytes
   (dtype, _), *_ = size.most_common(1)
-  c = tensor_files.read_json(path)
+  c = given if isinstance(given, dict) else tensor_files.read_json(given)
   parts = [part for part in (c, c.get("text_config")) if isinstance(part, dict)]
-  if all(part.get("torch_dtype", dtype) == dtype for part in parts):
-    return path
-  for part in parts:
-    part |= {"torch_dtype": dtype} if "torch_dtype" in part else {}
-  return c
+  wrong = [(part, key) for part in parts for key in ("torch_dtype", "dtype") if part.get(key, dtype) != dtype]
+  for part, key in wrong:  # transformers 5 calls it dtype
+    part[key] = dtype
+  return c if wrong else given
 
 
 def _side_files(
@@ -393,7 +395,7 @@ def _side_files(
   else:
     weights = (*tensor_files.PICKLES, ".safetensors", ".index.json")
     out = {p.name: p for p in pathlib.Path(source).iterdir() if p.is_file() and not p.name.endswith(weights)}
-    out["config.json"] = _with_dtype(out["config.json"], files)
+  out["config.json"] = _with_dtype(out["config.json"], files)
   if statistics is not None:
     out["dataset_statistics.json"] = statistics
   shards = {name: rows for name, rows in files.items() if name != VALUE_FILE}

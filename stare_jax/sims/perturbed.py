@@ -20,6 +20,7 @@ from stare_jax.sims.maniskill import ManiSkill
 
 _CLEAR = 0.05  # metres between the tool and the bounding box of what is put elsewhere
 _BESIDE = 0.03  # metres on the table between a distractor and everything else
+_AWAY = 100.0  # metres above the ground, where no camera looks
 _ABOVE = 0.06  # metres that the tool stays above it, whatever the joints' angles
 _TRIES = 200
 _GAMMA = 2.2  # of sRGB, nearly
@@ -268,9 +269,58 @@ class Photographed(Perturbed, Bridge):
   # The table's top in the photograph, pixels of FRAME. The sink has no such plane: all of its photograph counts.
   OUTLINE = ((160, 74), (640, 214), (640, 480), (265, 480), (0, 332), (0, 180))
 
+  def __init__(self, **options: Any):
+    self._others: dict[str, Any] = {}  # what takes the object's place, by model: built once
+    super().__init__(**options)
+
   def _composed(self, part: Part) -> np.ndarray:
     cut = super()._composed(part)
     return cut if self._overlay is None else self._overlaid(cut, self._mask[part], part)
+
+  def _change_object(self) -> None:
+    """Another object where the task's came to rest, which is kept above the camera until the next reset.
+
+    The environment asks for both by the same name. What it measures of an object at a reset it is told of this one.
+    """
+    import torch
+
+    env, scene, usual = self._env, self._env.scene.sub_scenes[0], self._robot.get_qpos()
+    name, own, model = env.source_obj_name, self._object._objs[0], self._suite["model"]
+    if model not in self._others:
+      self._others[model] = self._built(model)
+    other = self._others[model]
+    entity, extent = other._objs[0], lambda name: np.ptp([*env.model_db[name]["bbox"].values()], axis=0)
+    rise = (extent(model)[2] - extent(name)[2]) / 2
+    entity.pose = type(own.pose)(own.pose.p + [0, 0, max(rise, 0.0)], own.pose.q)
+    entity.add_to_scene(scene)
+    before = env.objs[name]
+    self._undo = (*self._undo, entity.remove_from_scene, lambda: env.objs.update({name: before}))
+    own.pose = type(own.pose)([0, 0, _AWAY])
+    self._body.linear_velocity = self._body.angular_velocity = np.zeros(3)
+    self._body.put_to_sleep()
+    env.objs[name] = other
+    self._set(self, "_object", other)
+    self._set(self, "_body", other._bodies[0])
+    self._body.linear_velocity = self._body.angular_velocity = np.zeros(3)
+    self._body.wake_up()
+    env._settle(0.5)
+    if np.linalg.norm(self._body.linear_velocity) > 1e-3 or np.linalg.norm(self._body.angular_velocity) > 1e-2:
+      env._settle(6)  # as the scene itself settles
+    env.agent.reset(init_qpos=usual)
+    env.agent.controller.reset()
+    place, turn = other.pose.p, other.pose.to_transformation_matrix()[0, :3, :3]
+    env.episode_source_obj_xyz_after_settle = env.episode_obj_xyzs_after_settle[name] = place
+    env.episode_source_obj_bbox_world = turn @ torch.tensor(extent(model), dtype=torch.float32)
+
+  def _built(self, model: str) -> Any:
+    """An actor that is in no scene, and in no list of those that the environment keeps."""
+    other, scene = self._env._build_actor_helper(model), self._env.scene
+    scene.remove_from_state_dict_registry(other)
+    del scene.actors[model]
+    if self._mesh_ratio is not None:
+      lite.share_vertices(other._objs[0])
+    other._objs[0].remove_from_scene()
+    return other
 
   def _kept(self) -> list[int]:
     return super()._kept() + ([] if self._distractor is None else [self._distractor.per_scene_id])

@@ -83,6 +83,13 @@ class Region(NamedTuple):
   along: tuple[str, ...] = ()
 
 
+class Substitute(NamedTuple):
+  """Another object that a scene has a model of, and what the policy is told where it takes the place of the task's."""
+
+  model: str
+  instruction: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage of a task.
@@ -124,6 +131,7 @@ class Task:
       where that names it, then further ones of its parts and of what it should not be taken for.
     region: where the object starts; None: not known, and nothing puts it elsewhere.
     phrasings: other ways to say the instruction, never used in training.
+    substitute: an object that training never saw, of about the size of the task's, so that stages mean the same.
     env_options: further arguments of the environment. `scene` and `show_goal` are the simulator's own: which kind of
       scene it is, and to draw the goal marker that the environment hides from its cameras.
   """
@@ -143,6 +151,7 @@ class Task:
   colour: str = ""
   region: Region | None = None
   phrasings: tuple[str, ...] = ()
+  substitute: Substitute | None = None
   env_options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(PANDA))
 
   def __post_init__(self):

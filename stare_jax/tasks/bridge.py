@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stare_jax.tasks import Actors, Region, Stage, Task, experts, rules
+from stare_jax.tasks import Actors, Region, Stage, Substitute, Task, experts, rules
 from stare_jax.tasks.experts import CLOSED, OPEN
 
 REACH = 0.03  # d_reach, metres from the tool to the object's centre
@@ -157,6 +157,7 @@ PUT_CARROT_ON_PLATE = _task(
   colour="orange",
   region=TABLE,
   phrasings=("place the carrot onto the plate", "pick up the carrot and put it on the plate", "move carrot to plate"),
+  substitute=Substitute("eggplant", "put eggplant on plate"),
 )
 
 PUT_SPOON_ON_TOWEL = _task(
@@ -169,6 +170,7 @@ PUT_SPOON_ON_TOWEL = _task(
   colour="green yellow",  # between the two
   region=TABLE,
   phrasings=("place the spoon on top of the cloth", "pick up the spoon and put it on the towel", "move spoon to cloth"),
+  substitute=Substitute("bridge_carrot_generated_modified", "put the carrot on the towel"),
 )
 
 STACK_GREEN_ON_YELLOW = _task(
@@ -196,4 +198,5 @@ PUT_EGGPLANT_IN_BASKET = _task(
   colour="purple",  # and no region: between the sink's walls there is no room
   phrasings=("place the eggplant in the yellow basket", "move eggplant into the basket",
              "pick up the eggplant and put it in the basket"),
+  substitute=Substitute("bridge_carrot_generated_modified", "put carrot into yellow basket"),
 )
