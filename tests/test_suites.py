@@ -32,7 +32,8 @@ def test_the_list_of_suites():
   kinds = [kind for suite in suites.SUITES for kind in suite.changes]
   assert sorted(kinds) == sorted(("instruction", *suites.CAN_CHANGE["maniskill"]))  # each once
   chosen, named = suites.choose(("semantics", "camera_shift"))
-  assert [s.name for s in chosen] == ["in_distribution", "camera_shift", "instruction", "distractor", "object_colour"]
+  assert [s.name for s in chosen] == ["in_distribution", "camera_shift", "instruction", "distractor", "object_colour",
+                                      "object_unseen"]  # fmt: skip
   assert named == {"camera_shift"} and len(suites.choose(("all",))[0]) == len(NAMES)
   with pytest.raises(ValueError, match='did you mean "lighting"'):
     suites.choose(("lightning",))
@@ -55,6 +56,11 @@ def test_what_tasks_say_of_suites(name):
   else:
     why = [suites.why_not(suites.get(suite), task, "maniskill") for suite in ("object_position", "object_moved")]
     assert all(task.name in reason and "Task.region" in reason for reason in why)
+  if task.substitute is None:
+    assert "Task.substitute" in suites.why_not(suites.get("object_unseen"), task, "maniskill")
+  else:  # it is told of the other object, and not of its own
+    (told,) = suites.instructions(suites.get("object_unseen"), task)
+    assert told != task.instruction and told not in task.phrasings
 
 
 def test_policy_and_simulator_mean_the_same_colour():
@@ -329,7 +335,8 @@ def test_suites_repeat_change_what_they_say_and_leave_nothing(real):
     if suite.family == "vision" or suite.name in ("instruction", "object_colour"):
       np.testing.assert_array_equal(changed[1], clean[1], err_msg=suite.name)  # not one bit of the state
     if suite.name not in ("instruction", "object_moved"):
-      least = 0.002 if suite.name in ("distractor", "object_colour", "object_position") else 0.02
+      small = suite.name in ("distractor", "object_colour", "object_unseen", "object_position")
+      least = 0.002 if small else 0.02
       assert seen.mean() > least, f"{suite.name} changes {seen.sum()} pixels"
     if suite.name in ("distractor", "arm_pose"):
       np.testing.assert_array_equal(now["object_pose"][0], before["object_pose"][0])
@@ -374,6 +381,23 @@ def test_objects_go_where_suites_put_them(real):
 
 
 @pytest.mark.sim
+@pytest.mark.assets
+def test_another_object_lies_where_the_scenes_own_would(real):
+  """At rest there, the arm and the target as they were; and the scene's test of success is of this one."""
+  task, sim = real
+  need(task, "object_unseen")
+  for seed in (0, 5, 40):
+    before, now = (unpack_signals(play(task, sim, suites.get(name), seed, plan=0 * PLAN)[1])
+                   for name in ("in_distribution", "object_unseen"))  # fmt: skip
+    assert np.linalg.norm(now["object_pose"][0, :2] - before["object_pose"][0, :2]) < 0.03
+    assert abs(now["object_pose"][0, 2] - before["object_pose"][0, 2]) < 0.015
+    assert np.ptp(now["object_pose"][:, :3], axis=0).max() < 2e-3, f"seed {seed}: it rolls"
+    np.testing.assert_allclose(now["tcp_pose"][0], before["tcp_pose"][0], atol=1e-5)
+    np.testing.assert_allclose(now["goal_pose"][0], before["goal_pose"][0], atol=1e-4)
+    assert not now["success"].any() and not now["grasped"].any()
+
+
+@pytest.mark.sim
 def test_long_objects_have_room():
   """A peg is longer than its region's half: nothing is put into it, nor it into anything."""
   task = tasks.get("lift_peg_upright")
@@ -405,7 +429,8 @@ def test_a_suite_that_finds_no_place_says_so():
 @pytest.mark.sim
 def test_a_snapshot_carries_its_suite(real):
   task, sim = real
-  for name in ("object_moved", "distractor", "arm_pose") if task.region else ("lighting", "arm_pose"):
+  names = ("object_moved", "distractor", "arm_pose") if task.region else ("lighting", "arm_pose")
+  for name in (*names, *(("object_unseen",) if task.substitute else ())):
     images, signals = play(task, sim, suites.get(name), 44)
     play(task, sim, suites.get(name), 44, plan=PLAN[:5])
     (saved,) = sim.snapshot([0])
@@ -434,7 +459,7 @@ class Watchful(ExpertActor):
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("name", ["arm_pose", "object_position", "object_moved"])
+@pytest.mark.parametrize("name", ["arm_pose", "object_position", "object_moved", "object_unseen"])
 def test_stages_hold_where_objects_move(real, name):
   """The expert still solves the task, and its stages come in order, the same online as offline."""
   task, sim = real

@@ -20,6 +20,7 @@ from stare_jax.sims.maniskill import ManiSkill
 
 _CLEAR = 0.05  # metres between the tool and the bounding box of what is put elsewhere
 _BESIDE = 0.03  # metres on the table between a distractor and everything else
+_DROP = 5e-4  # metres from which another object settles
 _AWAY = 100.0  # metres above the ground, where no camera looks
 _ABOVE = 0.06  # metres that the tool stays above it, whatever the joints' angles
 _TRIES = 200
@@ -289,9 +290,11 @@ class Photographed(Perturbed, Bridge):
     if model not in self._others:
       self._others[model] = self._built(model)
     other = self._others[model]
-    entity, extent = other._objs[0], lambda name: np.ptp([*env.model_db[name]["bbox"].values()], axis=0)
-    rise = (extent(model)[2] - extent(name)[2]) / 2
-    entity.pose = type(own.pose)(own.pose.p + [0, 0, max(rise, 0.0)], own.pose.q)
+    entity, extent = other._objs[0], np.ptp([*env.model_db[model]["bbox"].values()], axis=0)
+    along = own.pose.to_transformation_matrix()[:2, 0]  # the own one may have rolled: this one starts upright
+    half = np.arctan2(along[1], along[0]) / 2
+    place = [*own.pose.p[:2], self.TABLE + extent[2] / 2 + _DROP]
+    entity.pose = type(own.pose)(place, [np.cos(half), 0, 0, np.sin(half)])
     entity.add_to_scene(scene)
     before = env.objs[name]
     self._undo = (*self._undo, entity.remove_from_scene, lambda: env.objs.update({name: before}))
@@ -310,11 +313,13 @@ class Photographed(Perturbed, Bridge):
     env.agent.controller.reset()
     place, turn = other.pose.p, other.pose.to_transformation_matrix()[0, :3, :3]
     env.episode_source_obj_xyz_after_settle = env.episode_obj_xyzs_after_settle[name] = place
-    env.episode_source_obj_bbox_world = turn @ torch.tensor(extent(model), dtype=torch.float32)
+    env.episode_source_obj_bbox_world = turn @ torch.tensor(extent, dtype=torch.float32)
 
   def _built(self, model: str) -> Any:
     """An actor that is in no scene, and in no list of those that the environment keeps."""
-    other, scene = self._env._build_actor_helper(model), self._env.scene
+    import sapien
+
+    other, scene = self._env._build_actor_helper(model, initial_pose=sapien.Pose()), self._env.scene
     scene.remove_from_state_dict_registry(other)
     del scene.actors[model]
     if self._mesh_ratio is not None:

@@ -198,5 +198,4 @@ PUT_EGGPLANT_IN_BASKET = _task(
   colour="purple",  # and no region: between the sink's walls there is no room
   phrasings=("place the eggplant in the yellow basket", "move eggplant into the basket",
              "pick up the eggplant and put it in the basket"),
-  substitute=Substitute("bridge_carrot_generated_modified", "put carrot into yellow basket"),
 )
