@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import time
@@ -411,13 +412,19 @@ def write_video(
   if odd_h or odd_w:
     frames = np.pad(frames, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
   temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")  # the suffix tells ffmpeg the container
+  # Its own way of keeping Ctrl-C from ffmpeg forks, which can hang beside JAX's threads. A blocked signal is inherited.
+  os.environ["IMAGEIO_FFMPEG_NO_PREVENT_SIGINT"] = "1"
   writer = imageio_ffmpeg.write_frames(
     str(temporary), (frames.shape[2], frames.shape[1]), fps=fps, codec="libx264", pix_fmt_out="yuv420p",
     quality=None, macro_block_size=1, ffmpeg_log_level="error",
     output_params=["-crf", str(crf), "-preset", "medium", "-movflags", "+faststart", "-threads", "1"],
   )
+  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
-    writer.send(None)
+    writer.send(None)  # starts it
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+  try:
     for frame in frames:
       writer.send(np.ascontiguousarray(frame))
     writer.close()

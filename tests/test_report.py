@@ -5,7 +5,9 @@ from __future__ import annotations
 import html.parser
 import io
 import json
+import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -225,6 +227,22 @@ def test_video_is_h264_of_the_right_size_and_pictures(tmp_path, height, width, s
 def test_video_refuses_floats(tmp_path):
   with pytest.raises(ValueError, match=r"float64\[2, 4, 4, 3\].*uint8"):
     report.write_video(tmp_path / "v.mp4", np.zeros((2, 4, 4, 3)))
+
+
+def test_ffmpeg_starts_without_a_fork_and_ctrl_c_is_not_its_matter(tmp_path, monkeypatch):
+  started = []
+
+  class Popen(subprocess.Popen):
+    def __init__(self, *args, **options):
+      super().__init__(*args, **options)
+      status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
+      started.append((options["preexec_fn"], int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16)))
+
+  monkeypatch.setattr(imageio_ffmpeg._io.subprocess, "Popen", Popen)
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  report.write_video(tmp_path / "v.mp4", np.zeros((2, 4, 4, 3), np.uint8))
+  assert [(fork, mask >> (signal.SIGINT - 1) & 1) for fork, mask in started] == [(None, 1)]
+  assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_samples_must_agree_with_themselves_and_can_be_cleared(tmp_path):
