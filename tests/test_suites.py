@@ -240,7 +240,8 @@ def test_the_table_adds_counts_and_names_what_was_not_run(tmp_path):
 
 
 def test_the_toy_repeats_its_noise_and_forgets_it():
-  task, suite = types.SimpleNamespace(region=None, colour="", instruction="go", phrasings=()), suites.get("image_noise")
+  task = types.SimpleNamespace(region=None, colour="", instruction="go", phrasings=(), substitute=None)
+  suite = suites.get("image_noise")
   toy, change = Toy(image_size=16), suites.for_worker(suite, task)
   plan = np.random.default_rng(0).uniform(-1, 1, (5, 7)).astype(np.float32)
 

@@ -299,6 +299,8 @@ class Photographed(Perturbed, Bridge):
     before = env.objs[name]
     self._undo = (*self._undo, entity.remove_from_scene, lambda: env.objs.update({name: before}))
     own.pose = type(own.pose)([0, 0, _AWAY])
+    self._set(lite.render_body(own), "visibility", 0.0)
+    self._set(self, "_lying", [thing for thing in self._lying if thing.entity != own])
     self._body.linear_velocity = self._body.angular_velocity = np.zeros(3)
     self._body.put_to_sleep()
     env.objs[name] = other

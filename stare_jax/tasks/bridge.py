@@ -170,7 +170,6 @@ PUT_SPOON_ON_TOWEL = _task(
   colour="green yellow",  # between the two
   region=TABLE,
   phrasings=("place the spoon on top of the cloth", "pick up the spoon and put it on the towel", "move spoon to cloth"),
-  substitute=Substitute("bridge_carrot_generated_modified", "put the carrot on the towel"),
 )
 
 STACK_GREEN_ON_YELLOW = _task(
