@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -117,6 +118,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in needing:
       if reason:
         item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+  """For files whose time is mostly compilation: without most of XLA's optimisations."""
+  import jax
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -23,15 +23,9 @@ import small_model
 
 from stare_jax import checkpoint, sharding, train
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = {"seed": 3, "interaction": {"clip": 0.2, "betas": (0.9, 0.99)}, "task": "pull_cube"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-  """Halves the time of these tests, most of which is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

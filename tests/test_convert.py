@@ -13,13 +13,7 @@ from stare_jax import checkpoint, convert, pipeline_run, policies, sharding
 from stare_jax.policies import openvla_config, openvla_files, openvla_names, sizes
 from tests import toy_run
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-  """Most of the time of these tests is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from stare_jax.policies import lora, lora_files, openvla, openvla_names, tensor_
 from stare_jax.policies.sizes import SEVEN_B
 from tests import inspecting, torch_openvla
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ATOL = 1e-4
 SMALL = dict(  # no two sizes alike
   image_size=28,
@@ -41,14 +43,6 @@ SMALL = dict(  # no two sizes alike
 STATS = policies.ActionStats(-np.ones(7, np.float32), np.ones(7, np.float32), np.arange(7) < 6)
 RAGGED = r".*layers\.[02]\.self_attn\.q_proj|.*\.self_attn\.v_proj"  # modules of one kernel, in different layers
 PUBLIC = "proj qkv fc1 fc2 fc3 q kv q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-  """Most of the time of these tests is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -22,16 +22,10 @@ from stare_jax import policies, sharding
 from stare_jax.checkpoint import CheckpointError
 from stare_jax.policies import openvla, openvla_config, openvla_files, openvla_names, sizes, tensor_files
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FUSED = [public.DINO, public.SIGLIP]
 VARIANTS = {"fused": FUSED, "siglip": [public.SIGLIP], "dino": [public.DINO]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-  """Most of the time of these tests is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ import small_model
 from stare_jax import sharding, train
 from stare_jax.losses.ops import Mean
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SGD = optax.sgd(1.0)
 ADAM = functools.partial(train.make_optimizer, learning_rate=1e-2)
 
@@ -30,14 +32,6 @@ def fresh(tx):
   """A state at step 0; one compilation per structure is spared by starting from numpy."""
   params = jax.device_put(jax.tree.map(np.copy, parameters()))
   return train.TrainState(step=jax.device_put(np.int32(0)), params=params, opt=tx.init(params))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-  """Halves the time of these tests, most of which is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
