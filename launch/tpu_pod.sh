@@ -4,6 +4,7 @@
 #   TPU=my-v5e-256 ZONE=us-west4-a NFS=10.0.0.2:/share bash launch/tpu_pod.sh
 #   TPU=... ZONE=... NFS=... bash launch/tpu_pod.sh --config.seed=1       # more arguments go to stare_jax.main
 #
+# PYTHON and STARE_TORCH_INDEX (launch/setup.sh) and MS_ASSET_DIR (the simulators' assets) mean the same on the workers.
 # From your own machine, with the gcloud command. The run belongs to the workers: this only shows what they print, and may
 # be ended (Ctrl-C, a laptop that sleeps). Running it again shows it again where the run is still going on; otherwise it
 # brings the workers to the same commit, sets up what is missing and continues the run. How to stop it, and what the
@@ -24,8 +25,12 @@ set -euo pipefail
 # What every worker does; values are quoted here (%q), so that nothing is expanded twice. The run holds the lock through
 # descriptor 9 for as long as it lives, however it ends; the shell that waits for it has let go by then.
 quoted() { printf '%q ' "$@"; }
+passed=""
+for name in PYTHON STARE_TORCH_INDEX MS_ASSET_DIR; do
+  [[ -z "${!name:-}" ]] || passed+="export $name=$(quoted "${!name}")"$'\n'
+done
 REMOTE="set -euo pipefail
-run=$(quoted "$MOUNT/$RUN")
+${passed}run=$(quoted "$MOUNT/$RUN")
 share=$(quoted "$MOUNT")
 exec 9>~/stare_jax.lock
 if flock -n 9; then

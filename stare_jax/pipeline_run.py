@@ -136,8 +136,9 @@ class Run:
   def identity(self, phase: str) -> dict[str, Any]:
     """The flat fields that decide a phase's parameters: a checkpoint of other ones is refused.
 
-    Not among them: how a run shows itself, how often it saves, evaluation, later phases, and how long Interaction goes
-    on, so that a finished run may be evaluated otherwise, changed from a later phase on, or trained for longer.
+    Not among them: how a run shows itself, how often it saves, evaluation, later phases, how long Interaction goes on,
+    and devices and memory, so that a finished run may be evaluated otherwise, changed from a later phase on, or trained
+    for longer, and one that ran out of memory goes on with less.
     """
     later = PHASES[PHASES.index(phase) + 1 :]
     skipped = (*IDENTITY_SKIPS, *(f"{name}." for name in later))

@@ -82,6 +82,19 @@ def test_shellcheck_has_nothing_to_say(script):
   assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize(("variables", "fraction"), [
+  ({"CONFIG": "configs/ipi.py:smoke"}, []),  # JAX's own share
+  ({"CONFIG": "configs/ipi.py:openvla_7b_lora"}, ["0.92"]),  # 66 GiB of 80 GB
+  ({"CONFIG": "configs/ipi.py:openvla_7b_lora", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.8"}, ["0.8"]),  # the user's counts
+  ({"CONFIG": "configs/ipi.py:openvla_7b_lora", "XLA_CLIENT_MEM_FRACTION": "0.8"}, []),  # so does its newer name
+])  # fmt: skip
+def test_one_gpu_of_80_gb_is_enough_for_7b(variables, fraction, tmp_path):
+  here = checkout(tmp_path)
+  (here / "launch" / "setup.sh").write_text('echo "memory ${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" >>"$CALLS"\n')
+  memory, _ = run(here / "launch" / "one_gpu.sh", here, **variables)
+  assert memory == ["memory", *fraction]
+
+
 def test_one_gpu(tmp_path):
   here = checkout(tmp_path)
   setup, main = run(here / "launch" / "one_gpu.sh", here, "--config.seed=5", CONFIG="configs/ipi.py:smoke")
@@ -178,6 +191,13 @@ def test_tpu_workers_get_one_command(pod):
   found = understood(["main", *command_of(calls[-1])])
   assert (found["distributed"], found["wrong"], found["seed"]) == ("auto", "", 5)
   assert found["workdir"] == f"{pod / 'the share'}/a run"
+
+
+def test_tpu_workers_get_the_variables_of_set_up(pod):
+  (pod / "stare_jax" / "launch" / "setup.sh").write_text('echo "$PYTHON,$MS_ASSET_DIR,${STARE_TORCH_INDEX-}" >"$CALLS.set"\n')
+  own = {"PYTHON": "python3.12", "MS_ASSET_DIR": "/mnt/stare_jax/the $assets"}
+  run(pod / "launch" / "tpu_pod.sh", pod, **pod_variables(pod), **own)
+  assert (pod / "calls.set").read_text() == "python3.12,/mnt/stare_jax/the $assets,\n"
 
 
 def test_a_tpu_run_outlives_whoever_started_it(pod):
