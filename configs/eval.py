@@ -1,8 +1,8 @@
-"""Evaluation suites on any checkpoint: in-distribution, vision, semantics, execution. One table (docs/evaluation.md).
+r"""Evaluation suites on any checkpoint: in-distribution, vision, semantics, execution. One table (docs/evaluation.md).
 
   python -m stare_jax.main --config=configs/eval.py:run=runs/pull_cube-default-seed0                # its last phase
   python -m stare_jax.main --config=configs/eval.py:run=RUN,phase=imitation --config.suites.names="('vision',)"
-  python -m stare_jax.main --config=configs/eval.py:openvla_7b,task=put_carrot_on_plate \\
+  python -m stare_jax.main --config=configs/eval.py:openvla_7b,task=put_carrot_on_plate \
     --config.policy.checkpoint=FOLDER --config.policy.unnorm_key=bridge_orig                        # a public folder
 
 `run` takes task, policy, simulator and evaluation from that run's config.json, so that in-distribution is its own

@@ -91,6 +91,11 @@ def _validate_policy(c: Any) -> None:
                       f"policy.checkpoint is empty: name its folder, or leave unnorm_key empty")
   elif c.sim.image_size % patch:
     raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {patch}")
+  training = () if "suites" in c else [p for p in c.phases if p != "imitation"]
+  if options.get("faithful") and training:
+    raise ConfigError(f"policy.options.faithful = True and the phase {training[0]}: what it draws is not what its "
+                      f"log-probabilities are of, so nothing can be learnt from it; evaluate with it "
+                      f"(configs/eval.py), or leave it out")
   if lora.rank < 0 or (lora.rank and not lora.alpha > 0):
     raise ConfigError(f"policy.lora = {lora.to_dict()}: expected a rank of at least 0 (0: no adapters, everything is "
                       f"trained) and an alpha of more than 0, such as rank=32, alpha=16")
@@ -119,6 +124,9 @@ def _validate_preference(c: Any) -> None:
   if p.loss != "stage_tpo" and not p.hp.gating:
     raise ConfigError(f'preference.hp.gating = False and preference.loss = "{p.loss}": only "stage_tpo" compares '
                       f"stages, so that there is something to gate")
+  if p.loss != "stage_tpo" and p.hp.chosen_weight:
+    raise ConfigError(f'preference.hp.chosen_weight = {p.hp.chosen_weight} and preference.loss = "{p.loss}": only '
+                      f'"stage_tpo" has that term; set it to 0, or choose that loss')
 
 
 def _validate_rewards(c: Any) -> None:
@@ -172,6 +180,8 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   for phase in ("preference", "interaction"):  # what acts at 0 has no log-probabilities to learn from
     if not c[phase].temperature > 0:
       raise ConfigError(f"{phase}.temperature = {c[phase].temperature}: expected more than 0, such as 1.0")
+  if c.evaluation.temperature < 0:
+    raise ConfigError(f"evaluation.temperature = {c.evaluation.temperature}: expected 0 (argmax) or more, such as 1.0")
   critic = c.interaction.critic_hp
   if critic.epochs < 1 or not critic.learning_rate > 0:
     raise ConfigError(f"interaction.critic_hp = {critic.to_dict()}: expected epochs of at least 1 and a learning_rate "

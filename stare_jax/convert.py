@@ -26,7 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 import numpy as np
 
-from stare_jax import checkpoint, pipeline_policy, pipeline_run, report
+from stare_jax import checkpoint, pipeline_policy, pipeline_run, report_progress
 from stare_jax.checkpoint import CheckpointError
 from stare_jax.policies import action_stats, lora, lora_files, openvla_config, openvla_files, openvla_names
 from stare_jax.policies.sizes import Config
@@ -51,7 +51,7 @@ def to_orbax(
   config = openvla_files.folder_config(folder, {"action_size": len(stats.q01), **options})
   if (pathlib.Path(folder) / pipeline_policy.TOKENIZER).exists():
     config = dataclasses.replace(config, start=openvla_config.read_tokenizer(folder, config).start)
-  params = openvla_files.read_params(folder, config, progress=report.reading("weights"))
+  params = openvla_files.read_params(folder, config, progress=report_progress.reading("weights"))
   params["value"] = jax.tree.map(lambda x: x.astype(config.param_dtype), params["value"])  # as Policy.init has it
   meta = {
     "phase": "public", "iteration": 0, "env_steps": 0, "seconds": 0.0, "starts_from": "", "dataset": dataset,
@@ -87,7 +87,7 @@ def to_public(
     params = _restore(run, leaves, step)
     if "base" not in params:
       _check_base(run, source, step)
-      params["base"] = openvla_files.read_params(source, config, progress=report.reading("weights"))
+      params["base"] = openvla_files.read_params(source, config, progress=report_progress.reading("weights"))
       del params["base"]["value"]
     params = lora.merge(spec, params)
   public = action_stats.in_data_set(stats)

@@ -124,8 +124,13 @@ def summarise(
   }
 
 
-def pick_samples(staged: Sequence[StagedEpisode], *, successes: int = 1, failures: int = 1) -> list[int]:
-  """Indices of the episodes to film: the first successes and failures by seed, so that nobody chose them."""
+def pick_samples(staged: Sequence[StagedEpisode], count: int) -> list[int]:
+  """Indices of the episodes to film: the first by seed, so that nobody chose them, successes in front of failures.
+
+  Half of them are failures (of an odd number the smaller half), as far as there are enough of either.
+  """
   once, _ = success_flags(staged)
   order = sorted(range(len(staged)), key=lambda i: (staged[i].episode.seed, i))
-  return [i for i in order if once[i]][:successes] + [i for i in order if not once[i]][:failures]
+  successes, failures = ([i for i in order if once[i] == wanted] for wanted in (True, False))
+  failed = max(count // 2, count - len(successes))
+  return successes[: max(count - count // 2, count - len(failures))] + failures[:failed]

@@ -45,7 +45,9 @@ from stare_jax.pipeline_interaction import interaction
 from stare_jax.pipeline_run import (
   Run,
   advance_until,
+  check_saved,
   checkpoint_dir,
+  finished,
   gather,
   minibatch,
   read_statistics,
@@ -173,8 +175,7 @@ def evaluation(
     return found
   began = time.monotonic()
   starts = evaluation_starts(run.task, (block + 1) * c.episodes, c.seed)[block * c.episodes :]
-  here = len(pipeline_together.share(starts))
-  with report.Progress(f"{label} evaluation", here, unit="episode", quiet=not processes.first()) as bar:
+  with pipeline_together.episodes_bar(f"{label} evaluation", len(pipeline_together.share(starts))) as bar:
     actor = actor or run.actor(params, "evaluation", c.temperature)
     collector = run.collector(actor, progress=bar, stop_on_success=False)
     with run.changed(suite, actor):
@@ -184,8 +185,7 @@ def evaluation(
   result = evaluate.summarise(
     staged, label=label, stage_names=names, temperature=c.temperature, seconds=time.monotonic() - began
   )
-  half = run.config.report.videos // 2
-  picked = evaluate.pick_samples(staged, successes=run.config.report.videos - half, failures=half)
+  picked = evaluate.pick_samples(staged, run.config.report.videos)
   frames = images([*picked, *range(min(show, len(staged)))])
   result |= {"simulator": run.config.sim.name, "digest": digest}
   if not processes.first():
@@ -226,7 +226,8 @@ def run(
   began = time.monotonic()
   try:
     for phase in config.phases:
-      params = PHASE_FUNCTIONS[phase](this)
+      if (params := finished(this, phase)) is None:
+        params = PHASE_FUNCTIONS[phase](this)
       this.results[phase] = evaluation(this, phase, params)
       success = this.results[phase]["success_once"]
       log.info("%s: success %.1f %% [%.1f, %.1f] over %d episodes", phase, 100 * success["rate"],
@@ -246,16 +247,17 @@ def run(
 
 
 def open_folder(run: Run) -> None:
-  """Refuses what belongs to another configuration, before anything is written or simulated; then config.json."""
+  """Refuses what this run cannot go on with, before anything is written or simulated; then config.json."""
   last = PHASES.index(run.config.phases[-1])
   for phase in PHASES[: last + 1]:
-    if checkpoint.latest(folder := checkpoint_dir(run, phase)) is not None:
-      checkpoint.check_config(folder, run.identity(phase))
+    check_saved(run, phase)
   starting_folder(run, run.config.phases[0])
   for phase in PHASES:  # what earlier launches did belongs to the summary too
     if checkpoint.latest(folder := checkpoint_dir(run, phase)) is not None:
       meta = checkpoint.read_meta(folder)
       run.env_steps[phase], run.seconds[phase] = meta["env_steps"], meta["seconds"]
+      for name, (seconds, steps) in meta["rollouts"].items():
+        run.seconds[name], run.env_steps[name] = seconds, steps
     path = run.workdir / "evaluations" / f"{phase}.json"
     if phase not in run.config.phases and path.exists():  # the others' are looked at anew
       run.results[phase] = json.loads(path.read_text())

@@ -12,9 +12,9 @@ from stare_jax.config import LEFT_OPEN, ConfigError, suggest, validate
 from stare_jax.sims import pool
 
 TRAINING = 2**24  # the first environment seed that training may take (`pipeline_run.Run.seeds`)
-# Fields that no parameter depends on, or that a run may change as it goes on (`pipeline_run.Run.identity`). The last two
-# lines say where an update is computed and in how much memory: they change rounding alone, and a run that found too
-# little memory, or other devices, goes on with others.
+# Fields that no parameter depends on, or that a run may change as it goes on (`pipeline_run.Run.identity`). The last
+# two lines say where an update is computed and in how much memory: they change rounding alone, and a run that found
+# too little memory, or other devices, goes on with others.
 IDENTITY_SKIPS = (
   "phases", "preset", "method", "evaluation.", "report.", "checkpoint.", "sim.timeout", "sim.num_workers", "sim.python",
   "imitation.checkpoint_every", "preference.checkpoint_every", "interaction.checkpoint_every", "interaction.iterations",

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax import checkpoint, policies, processes, report, sharding, train
+from stare_jax import checkpoint, policies, processes, report_progress, sharding, train
 from stare_jax.config import OF_A_CHECKPOINT, ConfigError
 from stare_jax.policies import action_stats, lora, openvla, openvla_config, openvla_files, openvla_names, tensor_files
 from stare_jax.policies import sizes as openvla_sizes
@@ -175,7 +175,7 @@ class Base:
     c = self._config.policy
     if not c.checkpoint:
       return self._shared(policy, policy.init(key))
-    progress = report.reading("weights", quiet=not processes.first())
+    progress = report_progress.reading("weights", quiet=not processes.first())
     params = openvla_files.read_params(c.checkpoint, policy.config, mesh=mesh, key=key, progress=progress)
     if c.lora.rank:
       return self._shared(policy, self._adapted(policy, params, key))

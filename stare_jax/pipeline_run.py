@@ -22,6 +22,7 @@ from stare_jax import (
   policies,
   processes,
   report,
+  report_progress,
   sharding,
   sims,
   suites,
@@ -150,7 +151,7 @@ class Run:
     first = TRAINING + int(state) % 2**30
     return range(first, first + count)
 
-  def collector(self, actor: Any, *, progress: report.Progress | None = None, **options: Any) -> Collector:
+  def collector(self, actor: Any, *, progress: report_progress.Progress | None = None, **options: Any) -> Collector:
     def show(steps: int, episode: Episode | None) -> None:
       if progress is not None and episode is not None:
         successes.append(bool(episode.success[1:].any()))
@@ -193,16 +194,44 @@ def checkpoint_dir(run: Run, phase: str) -> pathlib.Path:
   return run.workdir / "checkpoints" / phase
 
 
-def restore(run: Run, phase: str, state: train.TrainState, origin: str) -> tuple[train.TrainState, dict[str, Any]]:
-  """(state, meta) of the phase's last checkpoint, or as they are at the start; `origin` is the phase it starts from."""
-  if checkpoint.latest(checkpoint_dir(run, phase)) is None:
-    return state, {}
-  state, meta = run.base.restore(run.policy, checkpoint_dir(run, phase), state, run.identity(phase))
-  if meta.get("starts_from", origin) != origin:
-    came = meta["starts_from"] or "fresh parameters"
-    raise ConfigError(f"{phase} in {run.workdir} started from {came}, and this run would start it from {origin}: "
-                      f"continue with the phases of then, or choose another --workdir")
-  return state, meta
+def updates_of(run: Run, phase: str) -> int:
+  """How many updates (of Interaction: iterations) a phase has in all."""
+  c = run.config[phase]
+  return c.iterations if phase == "interaction" else c.updates
+
+
+def check_saved(run: Run, phase: str) -> None:
+  """Refuses a phase's checkpoint that this run cannot use or go on with.
+
+  Raises:
+    ConfigMismatchError: it is of another configuration.
+    ConfigError: it started from another phase than this run would start it from, or has more updates behind it.
+  """
+  if checkpoint.latest(folder := checkpoint_dir(run, phase)) is None:
+    return
+  checkpoint.check_config(folder, run.identity(phase))
+  if phase not in run.config.phases:
+    return
+  meta, origin, total = checkpoint.read_meta(folder), predecessor(run, phase), updates_of(run, phase)
+  came, words = meta.get("starts_from", origin), lambda name: name or "fresh parameters"
+  if came != origin:
+    raise ConfigError(f"{phase} in {run.workdir} started from {words(came)}, and this run would start it from "
+                      f"{words(origin)}: continue with the phases of then, or choose another --workdir")
+  if (done := meta["iteration"]) > total:
+    raise ConfigError(f"{phase} in {run.workdir} has {done} updates behind it, more than the {total} asked for: ask "
+                      f"for {done} or more, or choose another --workdir")
+
+
+def finished(run: Run, phase: str) -> Any | None:
+  """The parameters of a phase that has all its updates, read without its data and its optimiser; None if it has not."""
+  folder = checkpoint_dir(run, phase)
+  done = 0 if checkpoint.latest(folder) is None else checkpoint.read_meta(folder)["iteration"]
+  processes.same(done, f"the updates that {phase} has behind it", pipeline_together.SHARED)
+  if done < updates_of(run, phase):
+    return None
+  log.info("%s: finished, all %d updates", phase, done)
+  run.use_statistics(read_statistics(folder))
+  return run.base.from_checkpoint(run.policy, folder, jax.random.fold_in(run.key, 0), run.mesh)
 
 
 def advance_until(
@@ -221,27 +250,24 @@ def advance_until(
   `advance` returns metrics of floats; "env_steps", if there, is how many simulator steps it took.
   """
   folder, fields, origin = checkpoint_dir(run, phase), run.identity(phase), predecessor(run, phase)
-  state, meta = restore(run, phase, state, origin)
+  meta: dict[str, Any] = {}
+  if checkpoint.latest(folder) is not None:
+    state, meta = run.base.restore(run.policy, folder, state, fields)
   start, env_steps, spent = meta.get("iteration", 0), meta.get("env_steps", 0), meta.get("seconds", 0.0)
-  processes.same(start, f"the {unit}s that {phase} has behind it", pipeline_together.SHARED)
-  if start > total:
-    raise ConfigError(f"{phase} in {run.workdir} has {start} {unit}s behind it, more than the {total} asked for: ask "
-                      f"for {start} or more, or choose another --workdir")
-  if start == total:  # nothing to do; a logger would remove the rows of the phases after this one
-    log.info("%s: finished, all %d %ss", phase, start, unit)
-    run.env_steps[phase], run.seconds[phase] = env_steps, spent
-    return state
   if start:
     log.info("%s: resuming after %d of %d %ss", phase, start, total, unit)
-  run.logger = pipeline_together.logger(run.workdir, resume=(phase, start))
+  later = [p for p in PHASES[PHASES.index(phase) + 1 :] if checkpoint.latest(checkpoint_dir(run, p)) is not None]
+  run.logger = pipeline_together.logger(run.workdir, resume=(phase, start), keep=later)
   began = time.monotonic()
 
   def save(i: int) -> None:
     run.logger.flush()
     seconds = spent + time.monotonic() - began
     stats = {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()}
+    rollouts = {name: [run.seconds[name], n] for name, n in run.env_steps.items() if name not in PHASES}
     meta = dict(
       phase=phase, iteration=i, env_steps=env_steps, seconds=seconds, action_stats=stats, starts_from=origin,
+      rollouts=rollouts,
       base=run.base.digest, **carry(described(run.config), folder, run.policy.config),
     )  # fmt: skip
     kept = run.base.saved(run.policy, state)
@@ -249,7 +275,7 @@ def advance_until(
     processes.appear(written / checkpoint.META)
 
   saved = start
-  with report.Progress(phase, total, initial=start, unit=unit, quiet=not processes.first()) as bar:
+  with report_progress.Progress(phase, total, initial=start, unit=unit, quiet=not processes.first()) as bar:
     for i in range(start, total):
       try:
         run.check()
@@ -291,7 +317,7 @@ def gather(
       break
   make_collector = lambda bar: run.collector(make_actor(), progress=bar, **options)
   pipeline_together.collect(folder, chunks, make_collector, fields)
-  with report.Progress(f"{name} rollouts", len(starts), unit="episode", quiet=not processes.first()) as bar:
+  with pipeline_together.episodes_bar(f"{name} rollouts", len(starts)) as bar:
     collector = None
     for i, chunk in enumerate(chunks):
       path = folder / f"{i:05d}.episodes"

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stare_jax import checkpoint, dataset, processes, report, sharding
+from stare_jax import checkpoint, dataset, processes, report, report_progress, sharding
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
 from stare_jax.rollout import Collector, Start, Stop
@@ -169,7 +169,7 @@ def _collect_parts(
   parts: pathlib.Path, starts: Sequence[Start], make_collector: Callable[[Any], Collector], own: Mapping[str, Any]
 ) -> bool:
   label = f"{parts.parent.name} rollouts (a share of {own['processes']})"
-  with report.Progress(label, len(starts), unit="episode", quiet=not processes.first()) as bar:
+  with episodes_bar(label, len(starts)) as bar:
     collector = make_collector(bar)  # by all of them or by none: parameters may be gathered from the others
     for number, at in enumerate(range(0, len(starts), PART)):
       path, piece = _part(parts, processes.index(), number), starts[at : at + PART]
@@ -229,8 +229,12 @@ class Silent:
   def close(self) -> None: ...
 
 
-def logger(workdir: pathlib.Path, *, resume: tuple[str, int]) -> Any:
-  return report.MetricsLogger(workdir, resume=resume) if processes.first() else Silent()
+def episodes_bar(label: str, episodes: int) -> report_progress.Progress:
+  return report_progress.Progress(label, episodes, unit="episode", together=True, quiet=not processes.first())
+
+
+def logger(workdir: pathlib.Path, *, resume: tuple[str, int], keep: Sequence[str]) -> Any:
+  return report.MetricsLogger(workdir, resume=resume, keep=keep) if processes.first() else Silent()
 
 
 def evaluated(path: pathlib.Path, digest: str) -> dict | None:

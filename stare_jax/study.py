@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from ml_collections import config_flags
 
-from stare_jax import report, study_cells, study_report
+from stare_jax import report_progress, study_cells, study_report
 from stare_jax.config import STOPPED, ConfigError
 from stare_jax.study_cells import Cell
 
@@ -118,7 +118,7 @@ class Runner:
       if job.process.poll() is None:
         continue
       del self.running[cell]
-      took = report.duration(time.monotonic() - job.began)
+      took = report_progress.duration(time.monotonic() - job.began)
       if job.process.returncode == STOPPED and not self.stopping:
         self.stopped.append(cell)  # by somebody else: it goes on where it was
       elif self._finished(cell):
@@ -131,7 +131,7 @@ class Runner:
       if not self.running:
         log.info("waiting for cells that another process runs")
       for cell, job in self.running.items():
-        log.info("%s: %s, for %s", cell, cell.progress(), report.duration(self.told - job.began))
+        log.info("%s: %s, for %s", cell, cell.progress(), report_progress.duration(self.told - job.began))
 
   def _fail(self, cell: Cell, why: str) -> None:
     self.failed[cell] = why

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stare_jax import pipeline_check, report, tasks
-from stare_jax.config import LEFT_OPEN, ConfigError, suggest
+from stare_jax.config import ConfigError, suggest
 
 START = "sft"  # the method whose run the others start from
 
@@ -206,7 +207,8 @@ def read(text: str, config: Any, name: str) -> Any:
   fields = dotted(config)
   if name not in fields:
     raise ConfigError(f'unknown field "{name}": {suggest(name, tuple(fields))}')
-  kind = LEFT_OPEN[name.rpartition(".")[2]] if fields[name] is None else type(fields[name])
+  *sections, field = name.split(".")
+  kind = functools.reduce(getattr, sections, config).get_type(field)  # of a field that is left open, too
   if kind is str:
     return text
   try:

@@ -13,7 +13,7 @@ import types
 
 import pytest
 
-from stare_jax import processes, report
+from stare_jax import processes, report_progress
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def broken():
 
 
 def test_progress_goes_on(broken):
-  with report.Progress("imitation", 3, stream=broken, interval=0.0) as bar:
+  with report_progress.Progress("imitation", 3, stream=broken, interval=0.0) as bar:
     for _ in range(3):
       bar.update(1, loss=0.5)
     bar.write("a line")
@@ -48,7 +48,7 @@ def test_a_bar_goes_on(broken):
     write = lambda self, text: len(text) if open_still[0] else broken.write(text)
     flush = lambda self: None if open_still[0] else broken.flush()
 
-  with report.Progress("imitation", 3, stream=Terminal()) as bar:
+  with report_progress.Progress("imitation", 3, stream=Terminal()) as bar:
     bar.update(1)
     open_still[0] = False
     bar._bar.mininterval = 0.0

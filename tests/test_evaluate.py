@@ -151,5 +151,8 @@ def test_summarise_shows_repeated_seeds_and_refuses_nonsense():
 
 def test_samples_are_the_first_by_seed():
   episodes = [staged([0, s], [1 if s else -1], seed=seed) for seed, s in [(9, 1), (4, 0), (2, 1), (3, 0), (1, 0)]]
-  assert evaluate.pick_samples(episodes, successes=1, failures=2) == [2, 4, 3]
-  assert evaluate.pick_samples(episodes[:1], successes=3, failures=3) == [0]
+  assert [evaluate.pick_samples(episodes, n) for n in (0, 1, 2, 3)] == [[], [2], [2, 4], [2, 0, 4]]
+  assert evaluate.pick_samples(episodes, 9) == [2, 0, 4, 3, 1]
+  failures = [episodes[i] for i in (1, 3, 4)]  # where there is no success, failures are looked at all the same
+  assert evaluate.pick_samples(failures, 1) == [2] and evaluate.pick_samples(failures, 2) == [2, 1]
+  assert evaluate.pick_samples(episodes[:1], 3) == [0]

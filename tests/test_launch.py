@@ -112,6 +112,7 @@ def slurm(folder: pathlib.Path) -> pathlib.Path:
 if [ "$1" = requeue ]; then printf "%q " scontrol "$@" >>"$CALLS"; echo >>"$CALLS"
 else [ "$1 $2 $3" = "show hostnames gpu[07-09]" ] && printf "gpu07\\ngpu08\\ngpu09\\n"; fi""")
   fake(here / "bin", "srun", """
+echo "$SRUN_CPUS_PER_TASK" >"$CALLS.cores"
 tasks=$SLURM_NTASKS worst=0
 while [[ $1 == -* ]]; do case $1 in --ntasks=*) tasks=${1#*=} ;; esac; shift; done
 for ((i = 0; i < tasks; i++)); do
@@ -121,7 +122,7 @@ exit $worst""")
   return here
 
 
-SLURM = dict(SLURM_JOB_NODELIST="gpu[07-09]", SLURM_NTASKS="3", SLURM_JOB_ID="4711")
+SLURM = dict(SLURM_JOB_NODELIST="gpu[07-09]", SLURM_NTASKS="3", SLURM_JOB_ID="4711", SLURM_CPUS_PER_TASK="48")
 
 
 def test_slurm_starts_one_process_per_node_with_its_number(tmp_path):
@@ -154,6 +155,7 @@ def test_slurm_queues_a_stopped_run_again(tmp_path, statuses, requeue, status, a
   options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.read_text().splitlines()
                  if line.startswith("#SBATCH"))  # fmt: skip
   assert "requeue" in options and options["open-mode"] == "append" and options["signal"].startswith("TERM@")
+  assert (here / "calls.cores").read_text() == "48\n"  # srun does not take them from sbatch's options by itself
   (started,) = re.findall(r"^srun --kill-on-bad-exit=0 --wait=(\d+)", script.read_text(), re.MULTILINE)
   assert int(started) > main.HEARTBEAT.default  # by then the others have noticed one that fell silent
 
@@ -194,7 +196,8 @@ def test_tpu_workers_get_one_command(pod):
 
 
 def test_tpu_workers_get_the_variables_of_set_up(pod):
-  (pod / "stare_jax" / "launch" / "setup.sh").write_text('echo "$PYTHON,$MS_ASSET_DIR,${STARE_TORCH_INDEX-}" >"$CALLS.set"\n')
+  setup = pod / "stare_jax" / "launch" / "setup.sh"
+  setup.write_text('echo "$PYTHON,$MS_ASSET_DIR,${STARE_TORCH_INDEX-}" >"$CALLS.set"\n')
   own = {"PYTHON": "python3.12", "MS_ASSET_DIR": "/mnt/stare_jax/the $assets"}
   run(pod / "launch" / "tpu_pod.sh", pod, **pod_variables(pod), **own)
   assert (pod / "calls.set").read_text() == "python3.12,/mnt/stare_jax/the $assets,\n"

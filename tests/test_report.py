@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from stare_jax import evaluate, report, report_charts, report_html
+from stare_jax import evaluate, report, report_charts, report_html, report_progress
 
 PHASES = report.PHASES
 
@@ -66,6 +66,15 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path, at):
       if (PHASES.index(p), s) > (PHASES.index(phase), step):
         logger.log(p, s, {"loss": 0.0})
   assert rows_of(tmp_path / "metrics.jsonl") == whole
+
+
+def test_a_phase_that_is_done_again_leaves_the_rows_of_those_that_are_not(tmp_path):
+  fill(tmp_path)
+  whole = rows_of(tmp_path / "metrics.jsonl")
+  with report.MetricsLogger(tmp_path, resume=("imitation", 2), keep=("interaction",), tensorboard=False):
+    pass
+  kept = [(p, s) for p, s in whole if p == "interaction" or (p == "imitation" and s <= 2)]
+  assert rows_of(tmp_path / "metrics.jsonl") == kept and len(kept) > 3
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
@@ -149,7 +158,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_progress_in_a_log_file_is_a_line_now_and_then():
   now, out = [0.0], io.StringIO()
-  with report.Progress("imitation", 100, unit="step", stream=out, interval=10, clock=lambda: now[0]) as bar:
+  with report_progress.Progress("imitation", 100, unit="step", stream=out, interval=10, clock=lambda: now[0]) as bar:
     for i in range(100):
       now[0] += 30.0 if i == 0 else 1.0  # the first step compiles
       bar.update(loss=1.0 / (i + 1))
@@ -160,16 +169,25 @@ def test_progress_in_a_log_file_is_a_line_now_and_then():
   assert len(lines) == 11 and "\r" not in out.getvalue()
 
 
+def test_the_rate_of_what_ends_together_counts_from_the_start():
+  now, out = [0.0], io.StringIO()
+  with report_progress.Progress("rollouts", 4, unit="episode", together=True, stream=out, clock=lambda: now[0]) as bar:
+    now[0] += 8.0
+    for _ in range(4):  # four environments, four episodes of the same length
+      bar.update()
+  assert out.getvalue() == "rollouts 4/4 (100%), 0.5 episode/s\n"
+
+
 def test_progress_counts_only_this_launch_and_can_be_silent():
   now, out = [0.0], io.StringIO()
-  bar = report.Progress("x", 100, initial=90, stream=out, clock=lambda: now[0])
+  bar = report_progress.Progress("x", 100, initial=90, stream=out, clock=lambda: now[0])
   assert bar.rate is None
   for _ in range(3):
     now[0] += 0.5
     bar.update()
   assert bar.done == 93 and bar.rate == pytest.approx(2.0)
   silent = io.StringIO()
-  with report.Progress("x", 3, stream=silent, quiet=True) as bar:
+  with report_progress.Progress("x", 3, stream=silent, quiet=True) as bar:
     bar.update(3)
     bar.write("hidden")
   assert silent.getvalue() == ""
@@ -177,12 +195,12 @@ def test_progress_counts_only_this_launch_and_can_be_silent():
 
 def test_what_is_read_is_shown_in_megabytes_if_there_is_much_of_it():
   out = io.StringIO()
-  show = report.reading("weights", stream=out)
+  show = report_progress.reading("weights", stream=out)
   for done in (0.5e9, 1.9e9, 2.5e9):
     show(int(done), int(2.5e9))
   assert out.getvalue().startswith("weights 2500/2500 (100%)") and out.getvalue().count("\n") == 1
   little = io.StringIO()
-  report.reading("weights", stream=little)(10**6, 10**6)
+  report_progress.reading("weights", stream=little)(10**6, 10**6)
   assert little.getvalue() == ""
 
 
@@ -192,7 +210,7 @@ def test_progress_on_a_terminal_is_a_bar():
       return True
 
   out = Terminal()
-  with report.Progress("imitation", 2, stream=out) as bar:
+  with report_progress.Progress("imitation", 2, stream=out) as bar:
     bar.update(loss=0.25)
     bar.write("a line")
     bar.update(loss=0.125)
@@ -201,7 +219,7 @@ def test_progress_on_a_terminal_is_a_bar():
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (125, "2m05s"), (3780, "1h03m")])
 def test_duration(seconds, text):
-  assert report.duration(seconds) == text
+  assert report_progress.duration(seconds) == text
 
 
 # --- video ---

@@ -140,6 +140,7 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path, toy_envi
   assert contents(workdir) == before
   assert toy_run.results(workdir) == figures
 
+  shutil.rmtree(workdir / "data/demonstrations")  # of a phase that is finished nothing but its checkpoint is read
   said = finish(workdir, toy_environment, "--config.interaction.iterations=6")
   assert "resuming after 4 of 6 iterations" in said
   longer = toy_run.results(workdir)
@@ -147,6 +148,17 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path, toy_envi
   assert [row["step"] for row in longer["metrics"][len(figures["metrics"]) :]] == [5, 6]
   assert longer["params_sha256"] != figures["params_sha256"]
   assert longer["evaluations"]["preference"] == figures["evaluations"]["preference"]
+
+
+def test_other_phases_than_those_of_before_are_refused_at_once(tmp_path, toy_environment, uninterrupted):
+  workdir = tmp_path / "run"
+  shutil.copytree(uninterrupted, workdir)
+  before = contents(workdir)
+  done = toy_run.launch(workdir, toy_environment, "--config.phases=('imitation','interaction')")
+  assert done.returncode == 2 and "started from preference" in done.stderr and "from imitation" in done.stderr
+  done = toy_run.launch(workdir, toy_environment, "--config.interaction.iterations=3")
+  assert done.returncode == 2 and "has 4 updates behind it, more than the 3 asked for" in done.stderr
+  assert contents(workdir) == before
 
 
 def test_a_dead_worker_is_reported_and_changes_nothing(tmp_path, toy_environment, uninterrupted):

@@ -32,7 +32,7 @@ SMALL = {
 VISION = dict(width=16, depth=2, head_size=8, mlp=32)
 POLICY = dict(
   patch_size=8, llm_width=32, llm_depth=2, llm_head_size=16, llm_mlp=64, projector=32, value_hidden=(16,),
-  dino=VISION, siglip=VISION, remat="none",
+  dino=VISION, siglip=VISION, remat="none", faithful=False,
 )  # fmt: skip
 
 
