@@ -2,7 +2,8 @@
 
 A phase is a pure function of (its starting parameters, the configuration, the seed): the i-th advance of its loop
 depends on the state and on i alone. So a run that was killed anywhere repeats from its last checkpoint and ends with
-the same parameters as one that was not. What is on disk is complete or absent, never half.
+the same parameters as one that was not, wherever a program gives the same numbers twice (a CPU does, a GPU may not).
+What is on disk is complete or absent, never half.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from stare_jax import (
 )
 from stare_jax.config import PHASES, ConfigError
 from stare_jax.episode import Episode
-from stare_jax.pipeline_check import check
+from stare_jax.pipeline_check import IDENTITY_SKIPS, check
 from stare_jax.pipeline_interaction import interaction
 from stare_jax.pipeline_run import (
   Run,
@@ -146,9 +147,10 @@ def evaluation_fields(run: Run, sha256: str, suite: suites.Suite | None, block: 
   c = run.config
   fields = {
     "params": sha256, "task": run.task.name, "seed": c.seed, "evaluation": c.evaluation,
-    "policy": {k: v for k, v in c.policy.items() if k != "checkpoint"},  # a path; what it holds is in `params`
+    "policy": {k: v for k, v in c.policy.items() if k not in ("checkpoint", "options")},  # a path is in `params`
+    "options": {k: v for k, v in c.policy.options.items() if k != "remat"},
     "stats": {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()},
-    "sim": {k: v for k, v in c.sim.items() if k != "python"},
+    "sim": {k: v for k, v in c.sim.items() if f"sim.{k}" not in IDENTITY_SKIPS},
     "offset": c.interaction.offset, "videos": c.report.videos, "pictures": show,
   }  # fmt: skip
   if suite is not None or block:
@@ -256,7 +258,7 @@ def open_folder(run: Run) -> None:
     if checkpoint.latest(folder := checkpoint_dir(run, phase)) is not None:
       meta = checkpoint.read_meta(folder)
       run.env_steps[phase], run.seconds[phase] = meta["env_steps"], meta["seconds"]
-      for name, (seconds, steps) in meta["rollouts"].items():
+      for name, (seconds, steps) in meta.get("rollouts", {}).items():
         run.seconds[name], run.env_steps[name] = seconds, steps
     path = run.workdir / "evaluations" / f"{phase}.json"
     if phase not in run.config.phases and path.exists():  # the others' are looked at anew

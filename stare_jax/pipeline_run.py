@@ -386,14 +386,16 @@ def starting_params(run: Run, phase: str) -> Any:
   folder, key = starting_folder(run, phase), jax.random.fold_in(run.key, 0)
   if phase != "imitation":  # which has its own from the demonstrations
     stats = run.folder_statistics if folder is None else read_statistics(folder)
-    run.use_statistics(action_stats.in_environment(stats))  # those of a converted folder are the public ones
+    if folder is not None and checkpoint.read_meta(folder)["phase"] == "public":  # `convert` keeps the data set's
+      stats = action_stats.in_environment(stats)
+    run.use_statistics(stats)
   if folder is None:
     return run.base.initial(run.policy, key, run.mesh)
   return run.base.from_checkpoint(run.policy, folder, key, run.mesh)
 
 
 def read_statistics(folder: pathlib.Path) -> policies.ActionStats:
-  """The action statistics that a checkpoint of a phase carries."""
+  """The action statistics that a checkpoint carries: a phase's in the simulator's terms, a converted folder's own."""
   meta = checkpoint.read_meta(folder)
   if "action_stats" not in meta:
     raise checkpoint.CheckpointError(f"checkpoint {folder} carries no action statistics, so it is not a phase's: name "

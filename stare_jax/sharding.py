@@ -210,7 +210,7 @@ def constrain(x: jax.Array, *words: str | None) -> jax.Array:
 def constrain_params(params: Any, param_axes: ParamAxes, prefix: str = "") -> Any:
   """Pins a part of the parameters, such as one layer inside a scan, and so its gradient, to the pieces of its rule.
 
-  An axis that does not divide stays whole; where parameters are trained, `param_shardings` has refused it before.
+  An axis that does not divide stays whole; where parameters are trained, `shardings` has refused it before.
 
   prefix: the path of this part. Without a mesh this is `params`.
   """

@@ -16,7 +16,8 @@ import optax
 from stare_jax import sharding
 
 VALUE_HEAD = r"value(_head)?(/.*)?"  # paths of the value head; attention's own "value" weights lie deeper
-NO_DECAY = r"(.*/)?(bias|scale|[^/]*norm[^/]*|[^/]*embedding[^/]*)"
+# Besides vectors: what a stack of layers makes matrices of (biases, norms, LayerScale), and what is looked up or added.
+NO_DECAY = r"(.*/)?(bias|scale\d?|position|prefix|embed/table)"
 
 
 def make_schedule(
@@ -53,7 +54,8 @@ def make_optimizer(
   value_lr_scale: float = 1.0,
   value_head: str = VALUE_HEAD,
 ) -> optax.GradientTransformation:
-  """AdamW on float32 moments: clip by global norm, Adam, decoupled weight decay on matrices, learning rate.
+  """AdamW on float32 moments: clip by global norm, Adam, decoupled weight decay on kernels (`NO_DECAY`), learning
+  rate.
 
   The step of a parameter is `schedule(count) * scale * part`, where part is `value_lr_scale` for paths that match
   `value_head` and `policy_scale` for the others. `scale` and `policy_scale` (1 at first) live in the optimiser's state,

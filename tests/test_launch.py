@@ -101,6 +101,9 @@ def test_one_gpu(tmp_path):
   assert setup == ["setup", "cuda13"]
   found = understood(["main", *command_of(main)])
   assert (found["distributed"], found["preset"], found["seed"], found["workdir"]) == ("off", "smoke", 5, "")
+  for told, wanted in (("cuda12", "cuda12"), ("cpu", "cuda13")):  # what set-up was told before stays
+    (here / ".venv" / "stare_jax_accelerator").write_text(f"{told}\n")
+    assert run(here / "launch" / "one_gpu.sh", here)[-2] == ["setup", wanted]
 
 
 def slurm(folder: pathlib.Path) -> pathlib.Path:

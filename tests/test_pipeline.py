@@ -7,12 +7,13 @@ import json
 import mmap
 from types import SimpleNamespace
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
 
 from stare_jax import dataset, losses, pipeline, pipeline_pairs, pipeline_run, pipeline_updates, suites, tasks, train
-from stare_jax.checkpoint import config_digest
+from stare_jax.checkpoint import config_digest, save
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline import evaluation_fields
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
@@ -323,3 +324,19 @@ def test_a_checkpoint_under_suites_resumed(tmp_path, toy_environment, uninterrup
   assert same(json.loads(gone.read_text())) == same(found[gone.stem])
   again = json.loads((workdir / "suites.json").read_text())
   assert again["rows"] == table["rows"]
+
+
+@pytest.mark.parametrize(("phase", "q01", "mask"), [("imitation", 0.3, False), ("public", -3.0, True)])
+def test_a_gripper_between_0_and_1_is_a_data_sets_only_where_it_comes_from_one(tmp_path, phase, q01, mask):
+  """Demonstrations that never close it have such statistics, too, and theirs are in the simulator's terms."""
+  stats = {"q01": [-1.0] * 6 + [0.3], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+  save(tmp_path / "start", 0, {"params": np.zeros(2)}, {"phase": phase, "action_stats": stats})
+  took = []
+  config = SimpleNamespace(phases=("preference",), init_from=str(tmp_path / "start"))
+  run = SimpleNamespace(
+    config=config, workdir=tmp_path, folder_statistics=None, key=jax.random.key(0), policy=None, mesh=None,
+    base=SimpleNamespace(from_checkpoint=lambda *_: "parameters"), use_statistics=took.append,
+  )  # fmt: skip
+  assert pipeline_run.starting_params(run, "preference") == "parameters"
+  (found,) = took
+  assert found.q01[-1] == np.float32(q01) and found.mask[-1] == mask and found.q99[-1] == 1

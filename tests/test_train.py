@@ -14,7 +14,7 @@ import optax
 import pytest
 import small_model
 
-from stare_jax import sharding, train
+from stare_jax import policies, sharding, train
 from stare_jax.losses.ops import Mean
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -122,6 +122,16 @@ def poisoned(value):
     return Mean(total=loss.total + bad, weight=loss.weight), metrics | {"value": term}
 
   return loss_fn
+
+
+def test_weights_decay_where_they_multiply_and_nowhere_else():
+  """OpenVLA's parameters under a gradient of zero: kernels and the table of the output shrink, nothing else moves."""
+  policy = policies.make(size="tiny", stats=policies.ActionStats(-np.ones(7), np.ones(7), np.ones(7, bool)))
+  params = jax.tree.map(jnp.ones_like, policy.init(jax.random.key(0)))
+  tx = train.make_optimizer(learning_rate=0.1, weight_decay=0.5)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  moved = {sharding.path_name(path): bool(np.any(x)) for path, x in jax.tree_util.tree_leaves_with_path(updates)}
+  assert moved == {path: path.endswith("/kernel") or path == "llm/head/table" for path in moved}
 
 
 @pytest.mark.parametrize("value, micro_batches", [(np.nan, 1), (np.inf, 4)])

@@ -87,8 +87,8 @@ def save(
     "init_lora_weights": "gaussian", "use_rslora": lora.rslora, "use_dora": False, "bias": "none",
     "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
   }  # fmt: skip
-  head = {t.name: names.leaf(params, t.path) for t in names.value_tensors(config)}
-  head = {t.name: names.from_block(t, np.asarray(jax.device_get(head[t.name]))) for t in names.value_tensors(config)}
+  value = lambda t: np.asarray(jax.device_get(names.leaf(params, t.path)))
+  head = {t.name: names.from_block(t, value(t)) for t in names.value_tensors(config)}
   with tensor_files.appearing(folder) as partial:
     (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
     _write(partial / WEIGHTS, arrays)
