@@ -89,7 +89,7 @@ def to_public(
       _check_base(run, source, step)
       params["base"] = openvla_files.read_params(source, config, progress=report_progress.reading("weights"))
       del params["base"]["value"]
-    params = lora.merge(spec, params)
+    params = lora.merge(spec, params, donate=True)
   public = action_stats.in_data_set(stats)
   return openvla_files.save(out, config, params, source, stats=public, dataset=dataset, dtype=dtype)
 

@@ -252,10 +252,10 @@ def attach(lora: Lora, params: Params) -> Params:
   return out
 
 
-def merge(lora: Lora, params: Params) -> Params:
+def merge(lora: Lora, params: Params, *, donate: bool = False) -> Params:
   """The backbone's parameters with W + scale a b in place of each W, added in float32 and rounded once.
 
-  A second copy of the adapted weights: for export, not for training.
+  For export, not for training. A second copy of the adapted weights, unless `donate` gives those of `params` away.
   """
 
   def one(weight: jax.Array, a: jax.Array, b: jax.Array, place: Place, table: bool) -> jax.Array:
@@ -268,18 +268,19 @@ def merge(lora: Lora, params: Params) -> Params:
     delta = lora.scale * (delta.T if table else delta)
     return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
 
+  def stack(weight: jax.Array, a: jax.Array, b: jax.Array, place: Place, table: bool) -> jax.Array:
+    """A layer at a time: float32 of one layer, not of all."""
+    layers = jnp.arange(place.depth) if place.layers is None else jnp.array(place.layers)
+    add = lambda k, w: w.at[layers[k]].set(one(w[layers[k]], a[k], b[k], place, table))
+    return jax.lax.fori_loop(0, len(layers), add, weight)
+
   out = {**params["base"], "value": params["value"]}
   for place in lora.places:
     adapter, leaf = _at(params["lora"], place.path), _at(out, place.path)
     name = "table" if "table" in leaf else "kernel"
-    add = functools.partial(one, place=place, table=name == "table")
-    weight, a, b = leaf[name], adapter["a"], adapter["b"]
-    if place.depth is not None:  # a layer at a time: float32 of one layer, not of all
-      layers = jnp.arange(place.depth) if place.layers is None else jnp.array(place.layers)
-      weight = weight.at[layers].set(jax.lax.map(lambda x: add(*x), (weight[layers], a, b)))  # noqa: B023
-    else:
-      weight = add(weight, a, b)
-    out = _put(out, (*place.path, name), weight)
+    add = functools.partial(one if place.depth is None else stack, place=place, table=name == "table")
+    add = jax.jit(add, donate_argnums=(0,) if donate else ())
+    out = _put(out, (*place.path, name), add(leaf[name], adapter["a"], adapter["b"]))
   return out
 
 
