@@ -1,7 +1,7 @@
 """Checkpoints: everything a run is, written whole or not at all, restored onto any mesh.
 
   <directory>/00000120/state/            arrays, by Orbax
-  <directory>/00000120/checkpoint.json   format, step, configuration and its digest, the caller's meta, leaves, files
+  <directory>/00000120/checkpoint.json   format, step, configuration, the caller's meta, leaves, files
 
 A checkpoint is written under a name that begins with a dot, made durable, and renamed: a folder named by a number is
 complete, and a process killed at any point leaves the previous ones as they were. `checkpoint.json` holds the size and
@@ -68,11 +68,12 @@ def config_digest(config: Any) -> str:
   return hashlib.sha256(json.dumps(flatten_config(config), sort_keys=True).encode()).hexdigest()
 
 
-def config_differences(saved: Mapping[str, Any], config: Any) -> list[str]:
-  """One line for each key that differs between a checkpoint's flattened configuration and `config`."""
+def config_differences(saved: Mapping[str, Any], config: Any, ignore: tuple[str, ...] = ()) -> list[str]:
+  """One line for each key that differs between a flattened configuration and `config`; `ignore`: beginnings of keys."""
   now = flatten_config(config)
   show = lambda flat, key: repr(flat[key]) if key in flat else "absent"
-  keys = sorted(k for k in {*saved, *now} if k not in saved or k not in now or saved[k] != now[k])
+  differs = lambda k: k not in saved or k not in now or saved[k] != now[k]
+  keys = sorted(k for k in {*saved, *now} if differs(k) and not k.startswith(ignore))
   return [f"{key}: {show(saved, key)} in the checkpoint, {show(now, key)} now" for key in keys]
 
 
@@ -229,7 +230,6 @@ def save(
     "format": FORMAT,
     "step": step,
     "config": None if config is None else flatten_config(config),
-    "config_digest": None if config is None else config_digest(config),
     "meta": dict(meta or {}),
     "leaves": {path: [list(x.shape), str(x.dtype)] for path, x in table.items()},
   }
@@ -370,17 +370,15 @@ def read_leaves(directory: str | os.PathLike, step: int | None = None) -> dict[s
   return {path: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for path, (shape, dtype) in leaves.items()}
 
 
-def check_config(directory: str | os.PathLike, config: Any, step: int | None = None) -> None:
-  """Raises ConfigMismatchError, naming the keys, unless the checkpoint was saved with this configuration."""
-  directory, step = _find(directory, step)
-  _check_config(directory / _name(step), _head(directory, step), config)
+def check_config(directory: str | os.PathLike, config: Any, ignore: tuple[str, ...] = ()) -> None:
+  """Raises ConfigMismatchError, naming the keys, unless the newest checkpoint was saved with this configuration.
 
-
-def _check_config(folder: pathlib.Path, head: Mapping[str, Any], config: Any) -> None:
-  if head["config_digest"] != config_digest(config):
-    lines = config_differences(head["config"] or {}, config)
+  ignore: beginnings of keys that need not be the same.
+  """
+  directory, step = _find(directory, None)
+  if lines := config_differences(_head(directory, step)["config"] or {}, config, ignore):
     raise ConfigMismatchError(
-      f"checkpoint {folder} belongs to another configuration:\n  " + "\n  ".join(lines[:12]) + "\n"
+      f"checkpoint {directory / _name(step)} belongs to another configuration:\n  " + "\n  ".join(lines[:12]) + "\n"
       "Run with that configuration, or start this one with another --workdir; nothing was changed"
     )
 
@@ -439,19 +437,15 @@ def restore(
   abstract: Any,
   step: int | None = None,
   *,
-  config: Any = None,
   partial: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
   """(state, meta) of `step` (None: the newest), shaped and placed as `abstract` says.
 
   abstract: the state's tree of ShapeDtypeStructs with shardings (of any mesh; see train.abstract_state), or of arrays;
-  numpy leaves come back as numpy. config: refuses a checkpoint of another configuration. partial: `abstract` may leave
-  out parts of the saved state, such as the optimiser.
+  numpy leaves come back as numpy. partial: `abstract` may leave out parts of the saved state, such as the optimiser.
   """
   directory, step = _find(directory, step)
   folder, head = directory / _name(step), _head(directory, step)
-  if config is not None:
-    _check_config(folder, head, config)
   wanted = _leaves(abstract)
   _check_leaves(folder, head["leaves"], wanted, partial)
   _check_files(directory, step, head["files"])

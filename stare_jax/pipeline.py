@@ -269,6 +269,9 @@ def open_folder(run: Run) -> None:
   if summary.exists():
     earlier = json.loads(summary.read_text())
     run.earlier_events, run.earlier_simulator = earlier.get("simulator_events", []), earlier.get("simulator", {})
+    for name in earlier.get("env_steps", {}):  # rollouts of a checkpoint that does not say them
+      run.env_steps.setdefault(name, earlier["env_steps"][name])
+      run.seconds.setdefault(name, earlier["wall_seconds"][name])
   if processes.first():
     report.write_json(run.workdir / "config.json", json.loads(run.config.to_json_best_effort()))
 

@@ -85,7 +85,7 @@ def carry(source: pathlib.Path | None, folder: pathlib.Path, policy: openvla_siz
     half = folder / f"{checkpoint.TMP}{TOKENIZER}"
     shutil.copyfile(source / TOKENIZER, half)
     half.rename(folder / TOKENIZER)
-  return {"policy": dataclasses.asdict(policy)}
+  return {"policy": dataclasses.asdict(dataclasses.replace(policy, faithful=False))}  # how to decode is the run's own
 
 
 def adapters(config: Any, policy: policies.Policy) -> lora.Lora:
@@ -152,15 +152,15 @@ class Base:
     """What of a state a checkpoint holds."""
     return train.split_state(state, policy.trainable)[0] if self.elsewhere else state
 
-  def restore(self, policy: policies.Policy, folder: Any, state: train.TrainState, config: Any) -> tuple[Any, Any]:
+  def restore(self, policy: policies.Policy, folder: Any, state: train.TrainState) -> tuple[Any, Any]:
     """(state, meta) of the newest checkpoint; frozen parameters that it does not hold stay those of `state`."""
     if not self.elsewhere:
-      state, meta = checkpoint.restore(folder, state, config=config)
+      state, meta = checkpoint.restore(folder, state)
       self._shared(policy, state.params)
       return state, meta
     own, frozen = train.split_state(state, policy.trainable)
     check_digest(folder, self.digest, self._where)
-    own, meta = checkpoint.restore(folder, own, config=config, partial=policy.trainable is not None)
+    own, meta = checkpoint.restore(folder, own, partial=policy.trainable is not None)
     return train.join_state(own, frozen), meta
 
   def sha256(self, policy: policies.Policy, params: Any) -> str:

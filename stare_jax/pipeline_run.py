@@ -209,7 +209,7 @@ def check_saved(run: Run, phase: str) -> None:
   """
   if checkpoint.latest(folder := checkpoint_dir(run, phase)) is None:
     return
-  checkpoint.check_config(folder, run.identity(phase))
+  checkpoint.check_config(folder, run.identity(phase), ignore=IDENTITY_SKIPS)
   if phase not in run.config.phases:
     return
   meta, origin, total = checkpoint.read_meta(folder), predecessor(run, phase), updates_of(run, phase)
@@ -252,7 +252,7 @@ def advance_until(
   folder, fields, origin = checkpoint_dir(run, phase), run.identity(phase), predecessor(run, phase)
   meta: dict[str, Any] = {}
   if checkpoint.latest(folder) is not None:
-    state, meta = run.base.restore(run.policy, folder, state, fields)
+    state, meta = run.base.restore(run.policy, folder, state)
   start, env_steps, spent = meta.get("iteration", 0), meta.get("env_steps", 0), meta.get("seconds", 0.0)
   if start:
     log.info("%s: resuming after %d of %d %ss", phase, start, total, unit)
@@ -324,7 +324,7 @@ def gather(
       if path.exists():
         found, meta = dataset.open(path)
         check_collected(path, meta, fields)
-        bar.update(len(found))
+        bar.skip(len(found))
       else:
         began = time.monotonic()
         collector = collector or make_collector(bar)
@@ -343,7 +343,8 @@ def check_collected(path: pathlib.Path, meta: Mapping[str, Any], fields: Mapping
   """Refuses episodes of another configuration."""
   if meta.get("digest") == checkpoint.config_digest(fields):
     return
-  lines = checkpoint.config_differences(meta.get("fields", {}), fields)
+  if not (lines := checkpoint.config_differences(meta.get("fields", {}), fields, ignore=IDENTITY_SKIPS)):
+    return
   raise dataset.DatasetError(
     f"{path} was collected with another configuration:\n  " + "\n  ".join(lines[:12]) + "\n"
     "Run with that configuration, or start this one with another --workdir; nothing was changed"

@@ -174,7 +174,7 @@ def _collect_parts(
     for number, at in enumerate(range(0, len(starts), PART)):
       path, piece = _part(parts, processes.index(), number), starts[at : at + PART]
       if path.exists() and all(dataset.open(path)[1].get(name) == value for name, value in own.items()):
-        bar.update(len(piece))
+        bar.skip(len(piece))
         continue
       began = time.monotonic()
       found = collector.episodes(piece)

@@ -31,8 +31,8 @@ class Progress:
     stream: defaults to stderr.
     interval: seconds between lines where the stream is not a terminal.
     quiet: print nothing at all.
-    together: steps end in waves, as episodes of parallel environments do: the rate counts from the start. Otherwise it
-      counts from the end of the first step, as compilation is no speed.
+    together: steps end in waves, as episodes of parallel environments do: the rate counts from the start, and is shown
+      once a tenth is done. Otherwise it counts from the end of the first step, as compilation is no speed.
   """
 
   def __init__(
@@ -50,7 +50,7 @@ class Progress:
   ):
     self.phase, self.total, self.done, self.unit = phase, int(total), int(initial), unit
     self._stream = sys.stderr if stream is None else stream
-    self._interval, self._quiet, self._clock = interval, quiet, clock
+    self._interval, self._quiet, self._clock, self._together = interval, quiet, clock, together
     self._printed, self._printed_at = clock(), None
     self._from: tuple[float, int] | None = (clock(), self.done) if together else None  # (time, done)
     self._shown: dict[str, float] = {}
@@ -65,7 +65,7 @@ class Progress:
   @property
   def rate(self) -> float | None:
     """Steps per second, see `together`; None until there is one."""
-    if self._from is None or self.done <= self._from[1]:
+    if self._from is None or self.done <= self._from[1] or self._early():
       return None
     return (self.done - self._from[1]) / max(self._clock() - self._from[0], 1e-9)
 
@@ -82,6 +82,19 @@ class Progress:
         self._bar.update(n)
     elif now - self._printed >= self._interval:
       self._print(now)
+
+  def skip(self, n: int) -> None:
+    """n more steps are done, and were before: no time is theirs."""
+    self.done += n
+    if self._from is not None:
+      self._from = (self._from[0], self._from[1] + n)
+    if self._bar is not None:
+      self._bar.initial += n
+      self._bar.update(n)
+
+  def _early(self) -> bool:
+    begun = self._from[1]
+    return self._together and self.done - begun < (self.total - begun) / 10
 
   def line(self) -> str:
     """e.g. "imitation 120/800 (15%), 4.1 step/s, 2m45s left, loss 0.91"."""

@@ -111,25 +111,28 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_a_status_of_its_own(tmp_path,
 def test_a_run_goes_on_with_other_devices_and_less_memory(tmp_path, toy_environment, uninterrupted):
   """As one that found too little of it must: what changes then is rounding."""
   workdir = tmp_path / "run"
-  kill_at("imitation", workdir, toy_environment)
+  shutil.copytree(uninterrupted, workdir)
+  for gone in ("imitation/00000006", "preference", "interaction"):
+    shutil.rmtree(workdir / "checkpoints" / gone)
+  shutil.rmtree(workdir / "data/preference")
   said = finish(
     workdir, toy_environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "--config.mesh.fsdp=2",
     "--config.policy.options.remat=block", "--config.imitation.micro_batches=2", "--config.preference.micro_batch=16",
     "--config.interaction.micro_batches=2",
   )  # fmt: skip
-  assert "imitation: resuming after 2 of 6 updates" in said
+  assert "imitation: resuming after 4 of 6 updates" in said
   other, one = (toy_run.results(path)["metrics"] for path in (workdir, uninterrupted))
-  assert [row.keys() for row in other] == [row.keys() for row in one]
-  for a, b in zip(other, one):
-    assert a.pop("phase") == b.pop("phase") and a == pytest.approx(b, rel=1e-4, abs=1e-4), (a, b)
+  assert [(row["phase"], row["step"]) for row in other] == [(row["phase"], row["step"]) for row in one]
+  for a, b in zip(other[:6], one[:6]):  # what is sampled later may turn over at any rounding
+    assert a.pop("phase") == b.pop("phase") == "imitation"
+    assert a == pytest.approx(b, rel=1e-4, abs=1e-4), (a, b)
 
 
 def contents(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:
   """What a launch must leave alone: checkpoints, data, metrics and figures."""
   kept = [path for name in ("checkpoints", "data", "evaluations", "videos") for path in (workdir / name).rglob("*")]
   files = [path for path in kept if path.is_file()] + [workdir / "metrics.jsonl"]
-  ignored = "pairs.json"  # written anew, the same
-  return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in files if p.name != ignored}
+  return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
 
 
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path, toy_environment, uninterrupted):
