@@ -112,20 +112,18 @@ def test_a_run_goes_on_with_other_devices_and_less_memory(tmp_path, toy_environm
   """As one that found too little of it must: what changes then is rounding."""
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
-  for gone in ("imitation/00000006", "preference", "interaction"):
-    shutil.rmtree(workdir / "checkpoints" / gone)
-  shutil.rmtree(workdir / "data/preference")
+  shutil.rmtree(workdir / "checkpoints/imitation/00000006")
   said = finish(
     workdir, toy_environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "--config.mesh.fsdp=2",
-    "--config.policy.options.remat=block", "--config.imitation.micro_batches=2", "--config.preference.micro_batch=16",
-    "--config.interaction.micro_batches=2",
+    "--config.policy.options.remat=block", "--config.imitation.micro_batches=2", "--config.phases=('imitation',)",
   )  # fmt: skip
   assert "imitation: resuming after 4 of 6 updates" in said
   other, one = (toy_run.results(path)["metrics"] for path in (workdir, uninterrupted))
-  assert [(row["phase"], row["step"]) for row in other] == [(row["phase"], row["step"]) for row in one]
-  for a, b in zip(other[:6], one[:6]):  # what is sampled later may turn over at any rounding
-    assert a.pop("phase") == b.pop("phase") == "imitation"
-    assert a == pytest.approx(b, rel=1e-4, abs=1e-4), (a, b)
+  key = lambda row: (row["phase"], row["step"])
+  other, one = sorted(other, key=key), sorted(one, key=key)
+  assert [key(row) for row in other] == [key(row) for row in one]  # those of the phases that are finished stay
+  for a, b in zip(other, one):
+    assert a.pop("phase") == b.pop("phase") and a == pytest.approx(b, rel=1e-4, abs=1e-4), (a, b)
 
 
 def contents(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:
