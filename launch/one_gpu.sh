@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # --- fill in ---
 : "${CONFIG:=configs/ipi.py}"
 : "${WORKDIR:=}"                    # the run folder; empty: runs/<task>-<preset>-seed<seed>
-: "${STARE_ACCELERATOR:=$(grep -hs ^cuda .venv/stare_jax_accelerator || echo cuda13)}"    # what set-up was told; else cuda13
-                                    # (cuda12 for drivers before 580: `nvidia-smi` names the driver)
+# What set-up was told before, or cuda13; drivers before 580 want cuda12 (`nvidia-smi` names the driver).
+: "${STARE_ACCELERATOR:=$(grep -hs ^cuda .venv/stare_jax_accelerator || echo cuda13)}"
 : "${CUDA_VISIBLE_DEVICES:=0}"      # 0,1,... for more GPUs: config.mesh spreads over all that are visible
 # ---------------
 

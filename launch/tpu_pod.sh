@@ -4,7 +4,8 @@
 #   TPU=my-v5e-256 ZONE=us-west4-a NFS=10.0.0.2:/share bash launch/tpu_pod.sh
 #   TPU=... ZONE=... NFS=... bash launch/tpu_pod.sh --config.seed=1       # more arguments go to stare_jax.main
 #
-# PYTHON and STARE_TORCH_INDEX (launch/setup.sh) and MS_ASSET_DIR (the simulators' assets) mean the same on the workers.
+# PYTHON, STARE_TORCH_INDEX (both of launch/setup.sh) and MS_ASSET_DIR (the simulators' assets) are handed to the workers.
+#
 # From your own machine, with the gcloud command. The run belongs to the workers: this only shows what they print, and may
 # be ended (Ctrl-C, a laptop that sleeps). Running it again shows it again where the run is still going on; otherwise it
 # brings the workers to the same commit, sets up what is missing and continues the run. How to stop it, and what the

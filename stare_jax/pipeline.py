@@ -147,7 +147,7 @@ def evaluation_fields(run: Run, sha256: str, suite: suites.Suite | None, block: 
   c = run.config
   fields = {
     "params": sha256, "task": run.task.name, "seed": c.seed, "evaluation": c.evaluation,
-    "policy": {k: v for k, v in c.policy.items() if k not in ("checkpoint", "options")},  # a path is in `params`
+    "policy": {k: v for k, v in c.policy.items() if k not in ("checkpoint", "options")},  # `params` is of its file
     "options": {k: v for k, v in c.policy.options.items() if k != "remat"},
     "stats": {name: np.asarray(value).tolist() for name, value in run.stats._asdict().items()},
     "sim": {k: v for k, v in c.sim.items() if f"sim.{k}" not in IDENTITY_SKIPS},

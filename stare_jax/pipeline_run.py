@@ -217,8 +217,8 @@ def check_saved(run: Run, phase: str) -> None:
   if came != origin:
     raise ConfigError(f"{phase} in {run.workdir} started from {words(came)}, and this run would start it from "
                       f"{words(origin)}: continue with the phases of then, or choose another --workdir")
-  if (done := meta["iteration"]) > total:
-    raise ConfigError(f"{phase} in {run.workdir} has {done} updates behind it, more than the {total} asked for: ask "
+  if (done := meta["iteration"]) > total:  # of Interaction alone, as the others' numbers are in their identity
+    raise ConfigError(f"{phase} in {run.workdir} has {done} iterations behind it, more than the {total} asked for: ask "
                       f"for {done} or more, or choose another --workdir")
 
 
@@ -229,7 +229,7 @@ def finished(run: Run, phase: str) -> Any | None:
   processes.same(done, f"the updates that {phase} has behind it", pipeline_together.SHARED)
   if done < updates_of(run, phase):
     return None
-  log.info("%s: finished, all %d updates", phase, done)
+  log.info("%s: finished, all %d %s", phase, done, "iterations" if phase == "interaction" else "updates")
   run.use_statistics(read_statistics(folder))
   return run.base.from_checkpoint(run.policy, folder, jax.random.fold_in(run.key, 0), run.mesh)
 

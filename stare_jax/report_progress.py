@@ -89,10 +89,12 @@ class Progress:
     if self._from is not None:
       self._from = (self._from[0], self._from[1] + n)
     if self._bar is not None:
-      self._bar.initial += n
-      self._bar.update(n)
+      with contextlib.suppress(OSError):
+        self._bar.initial += n
+        self._bar.update(n)
 
   def _early(self) -> bool:
+    """Whether less than a tenth is done of what was left at the start."""
     begun = self._from[1]
     return self._together and self.done - begun < (self.total - begun) / 10
 

@@ -72,11 +72,12 @@ def test_progress_on_a_terminal_is_a_bar():
       return True
 
   out = Terminal()
-  with report_progress.Progress("imitation", 2, stream=out) as bar:
+  with report_progress.Progress("imitation", 12, stream=out) as bar:
+    bar.skip(10)
     bar.update(loss=0.25)
     bar.write("a line")
     bar.update(loss=0.125)
-  assert "\r" in out.getvalue() and "a line\n" in out.getvalue()
+  assert "\r" in out.getvalue() and "a line\n" in out.getvalue() and "12/12" in out.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (125, "2m05s"), (3780, "1h03m")])

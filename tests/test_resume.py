@@ -158,7 +158,7 @@ def test_other_phases_than_those_of_before_are_refused_at_once(tmp_path, toy_env
   done = toy_run.launch(workdir, toy_environment, "--config.phases=('imitation','interaction')")
   assert done.returncode == 2 and "started from preference" in done.stderr and "from imitation" in done.stderr
   done = toy_run.launch(workdir, toy_environment, "--config.interaction.iterations=3")
-  assert done.returncode == 2 and "has 4 updates behind it, more than the 3 asked for" in done.stderr
+  assert done.returncode == 2 and "has 4 iterations behind it, more than the 3 asked for" in done.stderr
   assert contents(workdir) == before
 
 
