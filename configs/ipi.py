@@ -146,7 +146,7 @@ def interaction() -> dict:
     standardise="all",  # advantages of the whole rollout together; "stage": those of each stage by themselves
     bootstrap=True,  # False: nothing is worth anything after the time limit
     offset=0.5,  # stage to stage; small, so that progress inside a stage is not drowned by the jump to the next
-    success_reward=0.0,  # 0: K * max(offset, 0.5) + 0.5, more than a success gives back; K + 0.5 for shaped_milestones
+    success_reward=0.0,  # 0: K * max(offset, 0.5) + 0.5 (shaped_milestones: K + 0.5), more than a success gives back
     optimiser=dict(
       learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
     ),
