@@ -74,7 +74,7 @@ def config_differences(saved: Mapping[str, Any], config: Any, ignore: tuple[str,
   show = lambda flat, key: repr(flat[key]) if key in flat else "absent"
   differs = lambda k: k not in saved or k not in now or saved[k] != now[k]
   keys = sorted(k for k in {*saved, *now} if differs(k) and not k.startswith(ignore))
-  return [f"{key}: {show(saved, key)} in the checkpoint, {show(now, key)} now" for key in keys]
+  return [f"{key}: {show(saved, key)} there, {show(now, key)} now" for key in keys]
 
 
 def _jsonable(x: Any) -> Any:

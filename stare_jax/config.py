@@ -10,12 +10,19 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-POSITIVE = (
+AT_LEAST_1 = (
   "sim.horizon", "sim.num_envs", "sim.image_size", "imitation.demonstrations", "imitation.updates", "imitation.batch",
   "imitation.checkpoint_every", "preference.starts", "preference.samples", "preference.updates", "preference.batch",
   "preference.micro_batch", "preference.pairs_per_start", "preference.checkpoint_every", "interaction.iterations",
   "interaction.steps", "interaction.epochs", "interaction.batch", "interaction.checkpoint_every", "evaluation.episodes",
+  "checkpoint.keep",
 )  # fmt: skip
+AT_LEAST_0 = (
+  "seed", "imitation.expert_noise", "imitation.hp.smoothing_sigma", "preference.margin", "interaction.target_kl",
+  "interaction.critic_warmup", "interaction.offset", "report.videos",
+)  # fmt: skip
+ABOVE_0 = ("preference.hp.beta", "interaction.hp.clip")
+AT_MOST_1 = ("interaction.hp.discount", "interaction.hp.lam")  # and at least 0
 CHOICES = {
   "preference.pairs": ("stage", "trajectory"), "interaction.critic": ("state", "policy"),
   "interaction.terminal": ("zero", "keep"),
@@ -41,7 +48,7 @@ class ConfigError(ValueError):
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
-  """'; did you mean "x"? Known: a, b, c.' for an unknown word."""
+  """'did you mean "x"? Known: a, b, c.' for an unknown word."""
   near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
   hint = f'did you mean "{near[0]}"? ' if near else ""
   return f"{hint}Known: {', '.join(known)}."
@@ -56,11 +63,15 @@ def parse_arg(arg: str, presets: Mapping[str, Any], **defaults: Any) -> tuple[st
     ConfigError: unknown preset or key (with the nearest known one), or a value of the wrong type.
   """
   preset, values = "default", dict(defaults)
-  for position, item in enumerate(part for part in (arg or "").split(",") if part):
+  parts = [part for part in (arg or "").split(",") if part]
+  for position, item in enumerate(parts):
     key, separator, text = item.partition("=")
     if not separator:
-      if position > 0 or key not in presets:
+      if key not in presets:
         raise ConfigError(f'unknown preset "{key}": {suggest(key, tuple(presets))}')
+      if position > 0:
+        first = ",".join([key, *(part for part in parts if part != key)])
+        raise ConfigError(f'the preset "{key}" has to come first: write "{first}"')
       preset = key
     elif key not in defaults:
       raise ConfigError(f'unknown key "{key}" after the preset: {suggest(key, tuple(defaults))} '
@@ -73,10 +84,36 @@ def parse_arg(arg: str, presets: Mapping[str, Any], **defaults: Any) -> tuple[st
   return preset, values
 
 
+def _at(c: Any, field: str) -> Any:
+  return functools.reduce(getattr, field.split("."), c)
+
+
+def _validate_ranges(c: Any) -> None:
+  wanted: list[tuple[Sequence[str], Callable[[float], bool], str]] = [
+    (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
+    (ABOVE_0, lambda x: x > 0, "more than 0"), (AT_MOST_1, lambda x: 0 <= x <= 1, "0 to 1"),
+  ]  # fmt: skip
+  for fields, good, words in wanted:
+    for field in fields:
+      if not good(value := _at(c, field)):
+        raise ConfigError(f"{field} = {value}: expected {words}")
+
+
+def _validate_batches(c: Any) -> None:
+  _divides(c, "imitation.batch", c.imitation.batch, "imitation.micro_batches", c.imitation.micro_batches)
+  _divides(c, "interaction.batch", c.interaction.batch, "interaction.micro_batches", c.interaction.micro_batches)
+  rollout = c.sim.num_envs * c.interaction.steps
+  if rollout % c.interaction.batch:
+    raise ConfigError(f"interaction.batch = {c.interaction.batch} does not divide a rollout of sim.num_envs x "
+                      f"interaction.steps = {c.sim.num_envs} x {c.interaction.steps} = {rollout} steps")
+
+
 def _divides(c: Any, field: str, value: int, by_field: str, by: int) -> None:
-  if by < 1 or value < 1 or value % by:
+  if by < 1:
+    raise ConfigError(f"{by_field} = {by}: expected at least 1")
+  if value < 1 or value % by:
     raise ConfigError(f"{field} = {value} does not divide by {by_field} = {by}: choose a multiple of {by}, "
-                      f"for example --config.{field}={max(by, 1) * max(1, round(value / max(by, 1)))}")
+                      f"for example --config.{field}={by * max(1, round(value / by))}")
 
 
 def _validate_policy(c: Any) -> None:
@@ -112,6 +149,8 @@ def _validate_preference(c: Any) -> None:
     if not 0 <= p[field] <= c.sim.horizon:
       raise ConfigError(f"preference.{field} = {p[field]}: expected 0 to sim.horizon = {c.sim.horizon}")
   name, longest = ("preference.tail", p.tail) if p.tail else ("sim.horizon", c.sim.horizon)
+  if min(p.buckets) < 1:
+    raise ConfigError(f"preference.buckets = {tuple(p.buckets)}: expected lengths in steps, each at least 1")
   if max(p.buckets) < longest:
     raise ConfigError(f"preference.buckets = {tuple(p.buckets)} hold no episode of {name} = {longest} "
                       f"steps: add a bucket of {longest}")
@@ -140,6 +179,22 @@ def _validate_rewards(c: Any) -> None:
                       f"sim.horizon = {c.sim.horizon} (now {i.steps})")
 
 
+def _validate_training(c: Any) -> None:
+  _validate_batches(c)
+  if c.interaction.optimiser.schedule != "constant":
+    raise ConfigError(f'interaction.optimiser.schedule = "{c.interaction.optimiser.schedule}": expected "constant"; '
+                      f"its learning rate follows target_kl, and a run may be extended")
+  for phase in [p for p in c.phases if p != "interaction"]:
+    total, optimiser = c[phase].updates, c[phase].optimiser
+    if optimiser.schedule == "cosine" and optimiser.warmup_steps >= total:
+      raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} "
+                        f"updates to a cosine schedule: choose fewer than {total}")
+  if "preference" in c.phases:
+    _validate_preference(c)
+  if "interaction" in c.phases:
+    _validate_rewards(c)
+
+
 def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
   """Cross-field checks. Raises ConfigError."""
   if c.task not in task_names():
@@ -151,32 +206,13 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
     raise ConfigError(f"phases = {tuple(c.phases)}: expected an ordered selection of {PHASES}")
   if not c.phases:
     raise ConfigError(f"phases is empty: name at least one of {PHASES}")
-  for field in POSITIVE:
-    section, key = field.split(".")
-    if c[section][key] < 1:
-      raise ConfigError(f"{field} = {c[section][key]}: expected at least 1")
+  _validate_ranges(c)
   _divides(c, "sim.num_envs", c.sim.num_envs, "sim.groups", c.sim.groups)
   if not 1 <= c.sim.num_workers <= c.sim.num_envs:
     raise ConfigError(f"sim.num_workers = {c.sim.num_workers}: expected 1 to sim.num_envs = {c.sim.num_envs}")
-  _divides(c, "imitation.batch", c.imitation.batch, "imitation.micro_batches", c.imitation.micro_batches)
-  rollout = c.sim.num_envs * c.interaction.steps
-  _divides(c, "interaction.batch", c.interaction.batch, "interaction.micro_batches", c.interaction.micro_batches)
-  if rollout % c.interaction.batch:
-    raise ConfigError(f"interaction.batch = {c.interaction.batch} does not divide a rollout of sim.num_envs x "
-                      f"interaction.steps = {c.sim.num_envs} x {c.interaction.steps} = {rollout} steps")
-  if c.interaction.optimiser.schedule != "constant":
-    raise ConfigError(f'interaction.optimiser.schedule = "{c.interaction.optimiser.schedule}": expected "constant"; '
-                      f"its learning rate follows target_kl, and a run may be extended")
-  for phase in [p for p in c.phases if p != "interaction"]:
-    total, optimiser = c[phase].updates, c[phase].optimiser
-    if optimiser.schedule == "cosine" and optimiser.warmup_steps >= total:
-      raise ConfigError(f"{phase}.optimiser.warmup_steps = {optimiser.warmup_steps} leaves nothing of the {total} "
-                        f"updates to a cosine schedule: choose fewer than {total}")
+  if "suites" not in c:  # where nothing is trained
+    _validate_training(c)
   _validate_policy(c)
-  if "preference" in c.phases:
-    _validate_preference(c)
-  if "interaction" in c.phases:
-    _validate_rewards(c)
   for phase in ("preference", "interaction"):  # what acts at 0 has no log-probabilities to learn from
     if not c[phase].temperature > 0:
       raise ConfigError(f"{phase}.temperature = {c[phase].temperature}: expected more than 0, such as 1.0")
@@ -187,9 +223,5 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
     raise ConfigError(f"interaction.critic_hp = {critic.to_dict()}: expected epochs of at least 1 and a learning_rate "
                       f"of more than 0, such as 16 and 1e-3")
   for field, known in CHOICES.items():
-    section, key = field.rsplit(".", 1)
-    value = functools.reduce(getattr, section.split("."), c)[key]
-    if value not in known:
+    if (value := _at(c, field)) not in known:
       raise ConfigError(f'{field} = "{value}": {suggest(str(value), known)}')
-  if not 0 <= c.interaction.hp.discount <= 1:
-    raise ConfigError(f"interaction.hp.discount = {c.interaction.hp.discount}: expected 0 to 1")

@@ -19,6 +19,7 @@ import atexit
 import contextlib
 import difflib
 import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -27,14 +28,14 @@ import shlex
 import signal
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from stare_jax.config import STOPPED
+from stare_jax.config import STOPPED, ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/ipi.py.", lock_config=True)
 log = logging.getLogger("stare_jax")
@@ -42,6 +43,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "The run folder; by default runs/<t
 DISTRIBUTED = flags.DEFINE_string("distributed", "off", "Several processes as one run: off, auto, or HOST:PORT.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; with --distributed=HOST:PORT.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+IN_USE = ".in_use"  # in the run folder: a lock
 HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds of silence until a process counts as lost.", lower_bound=5)
 
 
@@ -79,6 +81,12 @@ def main(argv: list[str]) -> int | None:
 
   from stare_jax import pipeline, pipeline_suites
 
+  if processes.first():
+    try:
+      atexit.register(hold(workdir).close)
+    except (ValueError, OSError) as error:
+      processes.leave(2, describe(error))
+      fail(describe(error))
   log.info("run folder: %s", workdir)
   job = pipeline_suites if "suites" in config else pipeline
   try:
@@ -100,6 +108,22 @@ def main(argv: list[str]) -> int | None:
   processes.leave()
   if processes.first():
     show_files(workdir, suites=job is pipeline_suites)
+
+
+def hold(workdir: str) -> TextIO:
+  """Keeps the run folder for this process as long as the file is open; a second one would replace its files.
+
+  Raises: ConfigError where another process has it. Where the file system has no locks nothing is kept.
+  """
+  file = open(os.path.join(workdir, IN_USE), "w")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise ConfigError(f"--workdir={workdir} is in use: another process is running in it. Wait for that one, stop it "
+                      f"(the same command then goes on), or name another folder") from None
+  except OSError:
+    pass
+  return file
 
 
 def show_files(workdir: str, *, suites: bool) -> None:

@@ -8,6 +8,7 @@ What is on disk is complete or absent, never half.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -278,8 +279,10 @@ def open_folder(run: Run) -> None:
 
 def summarise(run: Run, params: Any, command: str, seconds: float) -> dict:
   """What summary.json holds."""
-  versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy",
-                                                                  "mani_skill", "sapien", "torch")}  # fmt: skip
+  versions = {}
+  for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "mani_skill", "sapien", "torch"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the last three may be another Python's
+      versions[name] = importlib.metadata.version(name)
   return {
     "task": run.task.name, "preset": run.config.preset, "seed": run.config.seed,
     "phases": {phase: run.results[phase] for phase in PHASES if phase in run.results},

@@ -58,6 +58,12 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
 
   The folder is made if it is not there yet, once nothing is wrong with the configuration.
   """
+  check_config(config)
+  check_folder(pathlib.Path(workdir))
+
+
+def check_config(config: Any) -> None:
+  """The first half of `check`, which touches no disk."""
   config = resolved(config)
   validate(config, tasks.names)
   names = [stage.name for stage in tasks.get(config.task).stages]
@@ -69,12 +75,13 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   for phase in ("imitation", "preference"):
     if (name := config[phase].loss) not in losses.names(phase):
       raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names(phase))}')
-  check_folder(pathlib.Path(workdir))
 
 
 def check_batches(config: Any, shards: int) -> None:
   """Raises ConfigError where not every device gets the same share of every batch; shards: mesh.data x mesh.fsdp."""
   c = config
+  if "suites" in c:  # nothing is trained
+    return
   fields = {
     "imitation.batch": c.imitation.micro_batches, "preference.batch": 1, "preference.micro_batch": 1,
     "interaction.batch": c.interaction.micro_batches,
@@ -131,8 +138,8 @@ def chosen_suites(config: Any) -> list[tuple[suites.Suite, str]]:
     wanted, named = suites.choose(tuple(config.suites.names))
   except ValueError as error:
     raise ConfigError(f"suites.names = {tuple(config.suites.names)}: {error}") from error
-  task = tasks.get(config.task)
-  found = [(suite, suites.why_not(suite, task, config.sim.name)) for suite in wanted]
+  task, simulator = tasks.get(config.task), resolved(config).sim.name
+  found = [(suite, suites.why_not(suite, task, simulator)) for suite in wanted]
   for suite, why in found:
     if why and suite.name in named:
       raise ConfigError(f'suites.names asks for "{suite.name}": {why}; leave it out, or ask for "all" to run the rest')

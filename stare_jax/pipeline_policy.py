@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from stare_jax import checkpoint, policies, processes, report_progress, sharding, train
 from stare_jax.config import OF_A_CHECKPOINT, ConfigError
 from stare_jax.policies import action_stats, lora, openvla, openvla_config, openvla_files, openvla_names, tensor_files
+from stare_jax.policies import layers as nn
 from stare_jax.policies import sizes as openvla_sizes
 
 SAMPLE = 4096  # bytes of each tensor that go into the digest of a folder
@@ -153,15 +154,18 @@ class Base:
     return train.split_state(state, policy.trainable)[0] if self.elsewhere else state
 
   def restore(self, policy: policies.Policy, folder: Any, state: train.TrainState) -> tuple[Any, Any]:
-    """(state, meta) of the newest checkpoint; frozen parameters that it does not hold stay those of `state`."""
-    if not self.elsewhere:
-      state, meta = checkpoint.restore(folder, state)
-      self._shared(policy, state.params)
-      return state, meta
+    """(state, meta) of the newest checkpoint; frozen parameters that it does not hold stay those of `state`.
+
+    The rest of `state` is given up before anything is read: a device need not hold two.
+    """
     own, frozen = train.split_state(state, policy.trainable)
-    check_digest(folder, self.digest, self._where)
-    own, meta = checkpoint.restore(folder, own, partial=policy.trainable is not None)
-    return train.join_state(own, frozen), meta
+    if self.elsewhere:
+      check_digest(folder, self.digest, self._where)
+      own, meta = checkpoint.restore(folder, _given_up(own), partial=True)
+      return train.join_state(own, frozen), meta
+    state, meta = checkpoint.restore(folder, train.join_state(_given_up(own), frozen))
+    self._shared(policy, state.params)
+    return state, meta
 
   def sha256(self, policy: policies.Policy, params: Any) -> str:
     """One digest of the parameters, without fetching a base that is on disk."""
@@ -178,6 +182,8 @@ class Base:
     progress = report_progress.reading("weights", quiet=not processes.first())
     params = openvla_files.read_params(c.checkpoint, policy.config, mesh=mesh, key=key, progress=progress)
     if c.lora.rank:
+      if sharding.one_gpu(mesh):  # whose programs would copy the layers apart
+        params = openvla.layers_apart(params, nn.unstack_and_delete)
       return self._shared(policy, self._adapted(policy, params, key))
     value = jax.tree.map(lambda x: x.astype(policy.config.param_dtype), params["value"])  # as Policy.init has it
     return {**params, "value": value}
@@ -201,7 +207,8 @@ class Base:
       self.initial(policy, key, mesh)
     if self._frozen is None:
       return self._shared(policy, read(abstract, axes))
-    return train.join(read(train.split(abstract, policy.trainable)[0], axes), self._frozen)
+    own = read(train.split(abstract, policy.trainable)[0], axes)
+    return {**own, "base": self._frozen["base"]}
 
   def _adapted(self, policy: policies.Policy, params: Any, key: jax.Array) -> Any:
     return lora.start(adapters(self._config, policy), params, jax.random.fold_in(key, 1))
@@ -211,6 +218,13 @@ class Base:
     if policy.trainable:
       self._frozen = train.split(params, policy.trainable)[1]
     return params
+
+
+def _given_up(tree: Any) -> Any:
+  """Shapes, types and places of arrays, whose memory is free from here on."""
+  kept = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+  jax.tree.map(lambda x: x.delete(), tree)
+  return kept
 
 
 def _placed(abstract: Any, axes: Any, mesh: Mesh) -> Any:

@@ -191,7 +191,7 @@ def _assemble(parts: pathlib.Path, wanted: Sequence[tuple[pathlib.Path, int]], f
     found.append([])
     for number in range(-(-len(range(process, total, n)) // PART)):
       path = _part(parts, process, number)
-      processes.appear(path)
+      processes.appear(path, writer=process)
       more, meta = dataset.open(path)
       found[-1] += more
       seconds += meta["seconds"] / n

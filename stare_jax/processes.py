@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -146,14 +146,14 @@ def same(value: Any, what: str, advice: str) -> None:
     )
 
 
-def appear(path: pathlib.Path) -> None:
-  """Waits until this process sees a file that the first one has written (before a barrier)."""
+def appear(path: pathlib.Path, writer: int = 0) -> None:
+  """Waits until this process sees a file that another one, by default the first, has written (before a barrier)."""
   until = time.monotonic() + PATIENCE
   while not path.exists():
     if time.monotonic() > until:
       raise ProcessError(
-        f"process {index()} does not see {path}, which process 0 has written: --workdir has to be a folder that all "
-        f"processes share, under the same name (NFS or Lustre, say)"
+        f"process {index()} does not see {path}, which process {writer} has written: --workdir has to be a folder that "
+        f"all processes share, under the same name (NFS or Lustre, say)"
       )
     with contextlib.suppress(OSError):
       os.listdir(path.parent)  # makes a network file system look again
@@ -204,7 +204,7 @@ class Watch:
       return
     connection.settimeout(None)
     connection.sendall(f"{token} {index()}\n".encode())
-    self._listen(0, connection)
+    self._listen(0, connection, connection.makefile("rb"))
 
   def _accept(self, server: socket.socket, token: str) -> None:
     while len(self._peers) < count() - 1:
@@ -212,16 +212,17 @@ class Watch:
       threading.Thread(target=self._greet, args=(connection, token), daemon=True).start()
 
   def _greet(self, connection: socket.socket, token: str) -> None:
-    hello = connection.makefile("rb").readline(200).split()
+    lines = connection.makefile("rb")  # which may have read ahead: the news is heard through it, too
+    hello = lines.readline(200).split()
     if len(hello) == 2 and secrets.compare_digest(hello[0], token.encode()):
-      self._listen(int(hello[1]), connection)
+      self._listen(int(hello[1]), connection, lines)
 
-  def _listen(self, who: int, connection: socket.socket) -> None:
+  def _listen(self, who: int, connection: socket.socket, lines: BinaryIO) -> None:
     """Until the other end has something to say, or is no more."""
     with self._lock:
       self._peers[who] = connection
     try:
-      line = connection.makefile("rb").readline()
+      line = lines.readline()
     except OSError:  # a reset is an end as well
       line = b""
     news = json.loads(line) if line.endswith(b"\n") else {"gone": who, "error": ""}

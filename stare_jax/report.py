@@ -57,10 +57,11 @@ def plain(value: Any) -> Any:
 def write_json(path: PathLike, value: Any) -> pathlib.Path:
   """Write atomically: a reader, or a resumed run, sees the old file or the new one, never half of one."""
   text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
-  return _write_atomically(pathlib.Path(path), text.encode())
+  return write_atomically(pathlib.Path(path), text.encode())
 
 
-def _write_atomically(path: pathlib.Path, data: bytes) -> pathlib.Path:
+def write_atomically(path: pathlib.Path, data: bytes) -> pathlib.Path:
+  """A file that is whole or not there, whoever reads or kills; its folder is made."""
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
   try:
@@ -168,7 +169,7 @@ class MetricsLogger:
       if len(kept) < len(rows):
         logger.info("%s: %d rows after %s step %d removed; the run writes them again",
                     self.path, len(rows) - len(kept), phase, step)
-    _write_atomically(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
+    write_atomically(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode())
 
   def _is_after(self, row: Mapping[str, Any]) -> bool:
     phase, step = self._resume
@@ -363,4 +364,4 @@ def build_report(
 
   page = report_html.render(workdir, max_bytes=max_bytes)
   target = pathlib.Path(workdir) / "report.html" if path is None else pathlib.Path(path)
-  return _write_atomically(target, page.encode())
+  return write_atomically(target, page.encode())

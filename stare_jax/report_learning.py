@@ -11,8 +11,8 @@ from stare_jax.report_data import Run, is_number
 
 PHASE_NOTES = {
   "imitation": "Supervised learning from demonstrations: cross-entropy on the expert’s action tokens.",
-  "preference": "Offline learning from pairs of its own episodes, compared stage by stage.",
-  "interaction": "Online reinforcement learning in the simulator with rewards shaped by stage.",
+  "preference": "Offline learning from pairs of the policy’s own episodes.",
+  "interaction": "Online reinforcement learning in the simulator.",
 }
 # Shown first and open, in this order; everything else a phase logs is one click away.
 FEATURED = {
@@ -25,12 +25,12 @@ FEATURED = {
 RATES = ("success", "accuracy")
 NOTES = {
   "success": "Share of the training episodes that succeeded; actions are sampled.",
-  "return_shaped": "With the stage potential, discounted.",
+  "return_shaped": "Of the reward that is learnt from, discounted.",
   "return_raw": "The task’s own reward, discounted.",
   "kl": "From the policy that acted to the updated one, nats.",
   "entropy": "Of an action, nats.",
   "clip_fraction": "Share of actions outside the clip range.",
-  "margin": "By how much the preferred stage is ahead.",
+  "margin": "By how much the preferred one is ahead.",
   "explained_variance": "1: the value predicts the returns; 0: no better than their mean.",
 }
 PAIR_KEYS = ("stage_pairs", "by_completion", "by_cost")
@@ -65,7 +65,7 @@ def _phase_curves(run: Run, phase: str) -> str:
   if {"chosen", "rejected"} <= set(rest):
     both = {"preferred": (column["chosen"], "var(--good)"), "other": (column["rejected"], "var(--stage-4)")}
     charts.append(curve("Log-ratio to the reference", x, both, x_name=x_name,
-                        note="Mean over a stage, nats per action."))
+                        note="Of what the loss compares, nats."))
     rest = [n for n in rest if n not in ("chosen", "rejected")]
   if stage_names:
     series = {label: (column[n], f"var(--stage-{k + 1})") for k, (n, label) in enumerate(stage_names.items())}

@@ -36,7 +36,7 @@ def write_strip(
     strip.paste(Image.fromarray(frame).resize((size, size), how), (column * size, 0))
   data = io.BytesIO()
   strip.save(data, "JPEG", quality=85, optimize=True)
-  return report._write_atomically(pathlib.Path(workdir) / "pictures" / f"{label}.jpg", data.getvalue())
+  return report.write_atomically(pathlib.Path(workdir) / "pictures" / f"{label}.jpg", data.getvalue())
 
 
 def row(suite: Any, evaluations: Sequence[Mapping], rate: Rate) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def write(workdir: Any, found: Mapping[str, Any]) -> None:
   """suites.json, suites.md and suites.html in `workdir`, each whole or as it was."""
   workdir = pathlib.Path(workdir)
   report.write_json(workdir / "suites.json", found)
-  report._write_atomically(workdir / "suites.md", markdown(found).encode())
-  report._write_atomically(workdir / "suites.html", page(found, workdir).encode())
+  report.write_atomically(workdir / "suites.md", markdown(found).encode())
+  report.write_atomically(workdir / "suites.html", page(found, workdir).encode())
 
 
 # --- Markdown ---

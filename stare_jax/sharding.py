@@ -79,7 +79,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 def compiler_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
   """Of `jax.jit`, for the programs of this mesh with `Policy.apply` in them; without a mesh, of one device."""
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  if on_nvidia(device) and (mesh is None or mesh.size == 1):
+  if one_gpu(mesh):
     return ONE_GPU
   return COMPILER_OPTIONS.get(device.device_kind)
 
@@ -182,9 +182,11 @@ def spread() -> bool:
   return not mesh.empty and mesh.size > 1
 
 
-def one_gpu() -> bool:
-  """Whether the function being traced runs on an NVIDIA GPU, and on no other device beside it."""
-  return on_nvidia() and not spread()
+def one_gpu(mesh: Mesh | None = None) -> bool:
+  """Whether what runs on this mesh, or the function being traced, runs on an NVIDIA GPU and no device beside it."""
+  if mesh is None:
+    return on_nvidia() and not spread()
+  return mesh.size == 1 and on_nvidia(mesh.devices.flat[0])
 
 
 def constrain(x: jax.Array, *words: str | None) -> jax.Array:

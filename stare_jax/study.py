@@ -180,6 +180,8 @@ def main(argv: list[str]) -> None:
   except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
     fail(f"{type(error).__name__}: {error}")
   runner = Runner(cells, workdir, config, jobs=FLAGS.jobs, threads=FLAGS.threads)
+  if FLAGS.report and not workdir.is_dir():
+    fail(f"--workdir={workdir}: there is no such folder to report on; name that of a study that was started")
   if not FLAGS.report:
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, runner.stop)

@@ -163,7 +163,7 @@ def make_cell(c: Any, workdir: pathlib.Path, base: Any, task: str, method: str, 
     fields |= {"phases": repr(phases), "init_from": str(start.folder / "checkpoints" / "imitation")}
   try:
     config.update_from_flattened_dict({name: read(text, config, name) for name, text in fields.items()})
-    pipeline_check.check(config, folder)
+    pipeline_check.check_config(config)
   except (ConfigError, KeyError, AttributeError, TypeError) as error:
     raise ConfigError(f"the cell {task} {method} seed {seed} cannot run: {error}") from error
   section = config[phases[-1]]

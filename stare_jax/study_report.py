@@ -294,6 +294,5 @@ def write(
   missing = [str(cell) for cell in cells if not cell.finished()]
   for name, content in (("results.md", markdown(sections, figures, missing)),
                         ("results.html", page(sections, lines, missing))):  # fmt: skip
-    (workdir / name).write_text(content)
-    out.append(workdir / name)
+    out.append(report.write_atomically(workdir / name, content.encode()))
   return out

@@ -106,6 +106,16 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, monkeypatch):
     pipeline_check.check(toy_run.get_config(), tmp_path / "run")
 
 
+def test_a_run_folder_in_which_another_process_runs(tmp_path, toy_environment):
+  """Its metrics and checkpoints would be replaced while it writes them."""
+  (tmp_path / "run").mkdir()
+  with main.hold(str(tmp_path / "run")):
+    done = toy_run.launch(tmp_path / "run", toy_environment)
+    assert done.returncode == 2 and "is in use: another process is running in it" in done.stderr, done.stderr
+    assert os.listdir(tmp_path / "run") == [main.IN_USE]
+  main.hold(str(tmp_path / "run")).close()  # nobody has it now
+
+
 # --- what lies in it ----------------------------------------------------------------------------------------------
 
 

@@ -240,9 +240,9 @@ def test_another_configuration_names_the_keys(tmp_path):
   with pytest.raises(checkpoint.ConfigMismatchError) as error:
     checkpoint.check_config(tmp_path, other)
   message = str(error.value)
-  assert "interaction.clip: 0.2 in the checkpoint, 0.1 now" in message
-  assert "interaction.gamma: absent in the checkpoint, 1.0 now" in message
-  assert "task: 'pull_cube' in the checkpoint, 'stack_cube' now" in message
+  assert "interaction.clip: 0.2 there, 0.1 now" in message
+  assert "interaction.gamma: absent there, 1.0 now" in message
+  assert "task: 'pull_cube' there, 'stack_cube' now" in message
   assert "seed" not in message and "--workdir" in message
   checkpoint.check_config(tmp_path, other, ignore=("interaction.", "task"))  # such as what changes no number
 

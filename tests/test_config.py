@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
+from configs import eval as evaluation
 from configs import ipi
 from stare_jax import tasks
 from stare_jax.config import ConfigError, parse_arg, suggest, validate
-from stare_jax.pipeline_check import check, resolved
+from stare_jax.pipeline_check import check, check_batches, resolved
 from stare_jax.policies.tokenizer import WordTokenizer
 from tests import toy_run
 
@@ -30,7 +33,7 @@ def test_preset_and_keys_in_any_number():
   ("smok", ('"smok"', 'did you mean "smoke"', "default")),
   ("smoke,sed=3", ('"sed"', 'did you mean "seed"', "--config.sed")),
   ("smoke,seed=x", ('seed="x"', "expected int")),
-  ("seed=3,smoke", ('"smoke"',)),
+  ("seed=3,smoke", ('"smoke"', 'write "smoke,seed=3"')),
 ])  # fmt: skip
 def test_a_wrong_argument_names_the_nearest(arg, words):
   with pytest.raises(ConfigError) as caught:
@@ -162,9 +165,28 @@ def test_frames_of_any_size_suit_a_checkpoint():
   (dict(interaction__stop_on_success=False), ("interaction.stop_on_success = False", '"levels"')),
   (dict(interaction__bootstrap=False), ("interaction.bootstrap = False", "sim.horizon = 12")),
   (dict(interaction__hp__discount=1.5), ("interaction.hp.discount = 1.5", "0 to 1")),
+  (dict(interaction__hp__lam=-0.1), ("interaction.hp.lam = -0.1", "0 to 1")),
+  (dict(interaction__hp__clip=-0.2), ("interaction.hp.clip = -0.2", "more than 0")),
+  (dict(preference__hp__beta=0.0), ("preference.hp.beta = 0.0", "more than 0")),
+  (dict(preference__margin=-1.0), ("preference.margin = -1", "at least 0")),
+  (dict(preference__buckets=(0, 8)), ("preference.buckets = (0, 8)", "at least 1")),
+  (dict(seed=-1), ("seed = -1", "at least 0")),
+  (dict(checkpoint__keep=0), ("checkpoint.keep = 0", "at least 1")),
+  (dict(sim__groups=0), ("sim.groups = 0", "at least 1")),
 ])  # fmt: skip
 def test_a_configuration_that_cannot_run_says_what_to_write(changes, words):
   checked()
   with pytest.raises(ConfigError) as caught:
     checked(**changes)
   assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_evaluation_does_not_ask_what_only_training_needs():
+  """configs/eval.py inherits batches and rewards from the presets, and trains nothing."""
+  unfit = {"sim.num_envs": 20, "preference.buckets": (7,), "interaction.stop_on_success": False}
+  for config, fits in ((evaluation.get_config("default"), True), (ipi.get_config("default"), False)):
+    config.update_from_flattened_dict(unfit)
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="does not divide a rollout"):
+      validate(resolved(config), tasks.names)
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="over 7 devices"):
+      check_batches(config, 7)

@@ -10,7 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from stare_jax import policies, sharding
 from stare_jax.policies import layers as nn
-from stare_jax.policies import lora
+from stare_jax.policies import lora, openvla
 from tests import inspecting
 from tests.test_policy import jit, nano, some_obs, some_tokens
 
@@ -73,6 +73,27 @@ def test_act_with_layers_apart_is_act(adapted, monkeypatch):
   np.testing.assert_array_equal(apart.tokens, scanned.tokens)
   np.testing.assert_allclose(apart.log_prob, scanned.log_prob, atol=1e-5)
   np.testing.assert_allclose(apart.value, scanned.value, atol=1e-5)
+
+
+def test_frozen_layers_that_lie_apart_act_and_learn_as_their_stack(monkeypatch):
+  """As a run on one GPU keeps them; adapters stay stacked, and so do their gradients."""
+  policy, params = with_adapters(*nano()[:2], "q_proj,down_proj")
+  obs, tokens, keys = some_obs(policy), some_tokens(), jax.random.split(jax.random.key(3), 3)
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
+  acted = jax.jit(lambda p: policy.act(p, obs, keys, jnp.float32(1.0)))
+  loss = lambda own, base: jnp.sum(policy.apply({"base": base, **own}, obs, tokens).logits[..., 3])
+  learnt = jit(jax.grad(loss))
+  own = {name: params[name] for name in ("lora", "value")}
+  expected = acted(params), policy.value(params, obs), learnt(own, params["base"])
+  stacks = jax.tree.leaves(params["base"]["llm"]["layers"])
+  base = openvla.layers_apart(params["base"], nn.unstack_and_delete)
+  assert all(x.is_deleted() for x in stacks)
+  assert len(base["llm"]["layers"]) == policy.config.llm_depth
+  assert openvla.layers_apart(base)["llm"]["layers"] is base["llm"]["layers"]
+  apart = {**params, "base": base}
+  found = acted(apart), policy.value(apart, obs), learnt(own, base)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+  assert jax.tree.structure(found[2]) == jax.tree.structure(own)
 
 
 def gradient_program(**options):

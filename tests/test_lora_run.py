@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -86,6 +87,38 @@ def test_a_run_on_a_public_folder_saves_what_it_trains_and_resumes(tmp_path, toy
                         config=config_of(folder))  # fmt: skip
   assert done.returncode == 2 and "CheckpointError" in done.stderr and "adapters of a base" in done.stderr, done.stderr
   assert "Traceback" not in done.stderr
+
+
+ONE_GPU = """
+import runpy
+from stare_jax import sharding
+from stare_jax.policies import layers
+sharding.on_nvidia = lambda *_: True
+taken = layers.unstack_and_delete
+layers.unstack_and_delete = lambda x: print("APART", x.shape) or taken(x)
+runpy.run_module("stare_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_run_goes_on_where_the_frozen_layers_lie_apart(tmp_path, toy_environment):
+  """As on one GPU, though this is a CPU: the same checkpoints, and the same losses up to rounding."""
+  folder, phases = public_folder(tmp_path / "public"), "--config.phases=('imitation','preference')"
+  finish(tmp_path / "whole", toy_environment, folder, phases)
+  shutil.copytree(tmp_path / "whole", tmp_path / "run")
+  shutil.rmtree(tmp_path / "run/checkpoints/imitation/00000006")
+  shutil.rmtree(tmp_path / "run/checkpoints/preference")
+  command = toy_run.command(tmp_path / "run", phases, config=config_of(folder))[3:]
+  done = subprocess.run([sys.executable, "-c", ONE_GPU, *command], cwd=toy_run.ROOT, env=toy_environment,
+                        capture_output=True, text=True)  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert done.stdout.count("APART (2, ") == 6  # once for each array of the two layers, in both phases together
+  assert "imitation: resuming after 4 of 6 updates" in done.stderr and "compiled again" not in done.stderr
+  ours, whole = (toy_run.results(tmp_path / name)["metrics"] for name in ("run", "whole"))
+  losses = lambda rows: [(row["phase"], row["step"], row["loss"]) for row in rows]
+  for a, b in zip(losses(ours), losses(whole), strict=True):
+    assert a[:2] == b[:2] and a[2] == pytest.approx(b[2], rel=1e-4)
+  leaves = [checkpoint.read_leaves(tmp_path / name / "checkpoints/preference") for name in ("run", "whole")]
+  assert leaves[0] == leaves[1]
 
 
 @pytest.mark.slow

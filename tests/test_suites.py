@@ -159,6 +159,9 @@ def test_a_suite_that_cannot_be_had_is_an_error_where_it_is_named(tmp_path):
   config.suites.names = ("execution",)
   why = {suite.name: reason for suite, reason in pipeline_check.chosen_suites(config)}
   assert not why["arm_pose"] and "put_eggplant_in_basket" in why["object_moved"]
+  there = eval_config.get_config("default,task=simpler_put_carrot_on_plate")  # whose simulator the task says
+  assert [suite.name for suite, reason in pipeline_check.chosen_suites(there) if not reason] == [
+    "in_distribution", "instruction"]  # fmt: skip
   config.suites.names = ("object_moved",)
   with pytest.raises(ConfigError, match="Task.region"):
     pipeline_check.check(config, tmp_path)

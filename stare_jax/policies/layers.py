@@ -297,7 +297,19 @@ def rematerialised(block: Callable, remat: str, scanned: bool) -> Callable:
   return jax.checkpoint(block, prevent_cse=False if scanned else (True, False), policy=policy)
 
 
-def apart(stacked: Any) -> list[Any]:
-  """Trees with a leading layer axis as a list with a tree for each layer, whose gradient is stacked once."""
+def apart(stacked: Any, unstack: Callable[[Any], Sequence[Any]] = jnp.unstack) -> list[Any]:
+  """Trees with a leading layer axis as a list with a tree for each layer, whose gradient is stacked once.
+
+  A list is apart already.
+  """
+  if isinstance(stacked, list):
+    return stacked
   leaves, tree = jax.tree.flatten(stacked)
-  return [jax.tree.unflatten(tree, layer) for layer in zip(*map(jnp.unstack, leaves), strict=True)]
+  return [jax.tree.unflatten(tree, layer) for layer in zip(*map(unstack, leaves), strict=True)]
+
+
+def unstack_and_delete(x: jax.Array) -> Sequence[jax.Array]:
+  """For `apart` outside of a program: the stack is deleted, so no more than one of them is in memory twice."""
+  layers = jax.block_until_ready(jax.jit(jnp.unstack)(x))
+  x.delete()
+  return layers

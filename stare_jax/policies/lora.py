@@ -34,7 +34,7 @@ import numpy as np
 
 from stare_jax.policies import Policy
 from stare_jax.policies import openvla_names as names
-from stare_jax.policies.layers import Adapter
+from stare_jax.policies.layers import Adapter, apart
 from stare_jax.policies.openvla import PARAM_AXES, specs
 from stare_jax.policies.sizes import Config
 
@@ -203,8 +203,10 @@ def of_modules(config: Config, chosen: Sequence[Module], *, rank: int, alpha: fl
 # The tree ---------------------------------------------------------------------------------------------------
 
 
-def _put(tree: Params, path: Sequence[str], value: Any) -> Params:
-  """The tree with one entry more, sharing everything else."""
+def _put(tree: Any, path: Sequence[str], value: Any) -> Any:
+  """The tree with one entry more, sharing everything else; of a list of layers, each gets its own of a stack."""
+  if isinstance(tree, list):
+    return [_put(layer, path, own) for layer, own in zip(tree, apart(value), strict=True)]
   head, *rest = path
   return {**tree, head: _put(tree.get(head, {}), rest, value) if rest else value}
 

@@ -151,6 +151,11 @@ def one_layer(params: Params) -> Params:
   return sharding.constrain_params(params, PARAM_AXES, "layers/")
 
 
+def layers_apart(params: Params, unstack: Callable[[Any], Sequence[Any]] = jnp.unstack) -> Params:
+  """The parameters with the decoder's layers as a list (`nn.apart`)."""
+  return {**params, "llm": {**params["llm"], "layers": nn.apart(params["llm"]["layers"], unstack)}}
+
+
 def patchify(image: jax.Array, size: int) -> jax.Array:
   """[N, H, W, 3] -> [N, P, size * size * 3], patches row-major, pixels (row, column, channel) inside."""
   n, h, w, c = image.shape
@@ -353,7 +358,7 @@ def act(
   config = dataclasses.replace(config, unroll=False)  # without a gradient a scan is as fast, and compiles in half
   n, last = len(obs.prompt), actions.last
   if sharding.on_nvidia():  # where a scan copies a layer's weights before it reads them: half of the time with one row
-    params = params | {"llm": params["llm"] | {"layers": nn.apart(params["llm"]["layers"])}}
+    params = layers_apart(params)
   if jnp.issubdtype(keys.dtype, jnp.uint32):
     keys = jax.random.wrap_key_data(keys)
   x, mask = sequence(params, obs, jnp.zeros((n, 0), jnp.int32), config)
