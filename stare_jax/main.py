@@ -85,8 +85,7 @@ def main(argv: list[str]) -> int | None:
     try:
       atexit.register(hold(workdir).close)
     except (ValueError, OSError) as error:
-      processes.leave(2, describe(error))
-      fail(describe(error))
+      give_up(error)
   log.info("run folder: %s", workdir)
   job = pipeline_suites if "suites" in config else pipeline
   try:
@@ -100,8 +99,7 @@ def main(argv: list[str]) -> int | None:
     name = "error.log" if processes.first() else f"error-{processes.index()}.log"
     with contextlib.suppress(OSError):  # for whoever must find out where it came from
       pathlib.Path(workdir, name).write_text(traceback.format_exc())
-    processes.leave(2, describe(error))
-    fail(describe(error))
+    give_up(error)
   except BaseException as error:
     processes.leave(1, describe(error), traceback.format_exc())
     raise
@@ -187,6 +185,14 @@ def describe(error: BaseException) -> str:
   if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and "ree s" not in text:
     text += ". Free space on that disk and run the same command again: it continues from the last checkpoint"
   return text
+
+
+def give_up(error: Exception) -> NoReturn:
+  """`fail`, once the other processes of the run know."""
+  from stare_jax import processes
+
+  processes.leave(2, describe(error))
+  fail(describe(error))
 
 
 def fail(message: str) -> NoReturn:
