@@ -5,7 +5,7 @@ MYPY_ROOMS := stare_jax/episode.py stare_jax/stages.py stare_jax/batching.py sta
   stare_jax/evaluate.py stare_jax/tasks stare_jax/losses launch/rendering.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tpu-compiler run smoke test test-slow lint types clean
+.PHONY: help setup tpu-compiler gpu-compiler run smoke test test-slow lint types clean
 
 help:       ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */make \1\t/' | expand -t 18
@@ -16,6 +16,10 @@ setup:      ## .venv and rendering; fast when there is nothing to do
 tpu-compiler: setup ## the TPU's compiler, for python -m stare_jax.compile and its tests (700 MB; needs no TPU)
 	@test -e .venv/tpu-compiler/libtpu/libtpu.so || \
 	  .venv/bin/pip install -qq --no-deps --target .venv/tpu-compiler -r requirements-tpu.txt
+
+gpu-compiler: setup ## XLA for NVIDIA GPUs, for python -m stare_jax.compile (400 MB; needs no GPU)
+	@test -e .venv/gpu-compiler/jax_plugins || \
+	  .venv/bin/pip install -qq --no-deps --target .venv/gpu-compiler -r requirements-gpu.txt
 
 run: setup  ## the main job: Imitation, Preference, Interaction; leaves a run folder under runs/
 	$(PYTHON_BIN) -m stare_jax.main --config=configs/ipi.py $(ARGS)

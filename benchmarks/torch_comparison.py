@@ -167,9 +167,12 @@ class Jax:
     """(call, bytes of device memory)."""
     import jax
 
+    from stare_jax import sharding
+
     keys = jax.random.split(self.key, len(batch["prompt"]))
     inputs = (self.params, batch["obs"], keys, np.float32(1.0))
-    compiled = jax.jit(self.policy.act).lower(*inputs).compile()
+    program = jax.jit(self.policy.act, compiler_options=sharding.compiler_options(None, acting=True))
+    compiled = program.lower(*inputs).compile()
     return lambda: jax.block_until_ready(compiled(*inputs)), needs(compiled)
 
   def start(self) -> Any:
@@ -336,14 +339,17 @@ class Comparison:
       self.agree()
 
   def weights(self) -> Any:
-    """The other side's weights where they are small, random ones otherwise."""
+    """The other side's weights where they are small, random ones otherwise; they lie as in a run."""
     import jax
 
-    from stare_jax.policies import openvla_names
+    from stare_jax import sharding
+    from stare_jax.policies import layers, openvla, openvla_names
 
     if self.args.size == "small" and self.torch:
       return jax.device_put(openvla_names.to_params(self.config, self.torch.model.public_state()))
-    return jax.jit(self.policy.init)(jax.random.key(0, impl="rbg"))  # which compiles sooner
+    params = jax.jit(self.policy.init)(jax.random.key(0, impl="rbg"))  # which compiles sooner
+    frozen = self.args.rank and sharding.one_gpu()
+    return openvla.layers_apart(params, layers.unstack_and_delete) if frozen else params
 
   def agree(self) -> None:
     """The two are one network, or nothing is timed."""

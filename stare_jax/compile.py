@@ -1,11 +1,12 @@
 """What the programs of a configuration need on a machine that is not here.
 
   python -m stare_jax.compile --config=configs/ipi.py:openvla_7b --topology=v5e:16x16     compiled for these TPU chips
+  python -m stare_jax.compile --config=configs/ipi.py:openvla_7b --topology=h100:2x8      for 2 machines of 8 GPUs
   python -m stare_jax.compile --config=configs/ipi.py:openvla_7b_lora --devices=1xH100    a memory plan, by formula
 
-With --topology the updates of the three phases and `act` are compiled by the TPU's own compiler (requirements-tpu.txt,
-`make tpu-compiler`), which needs no TPU; nothing is allocated or run. --program names one of them. --json adds one line
-for each program to a file.
+With --topology the updates of the three phases and `act` are compiled by the chip's own compiler (`make tpu-compiler`,
+`make gpu-compiler`), which needs no such chip; nothing is allocated or run. --program names one of them. --json adds
+one line for each program to a file.
 Status 0; 2: a mistake in the input, or a program that does not fit.
 """
 
@@ -19,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/ipi.py:openvla_7b.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "TPU chips, such as v5e:16x16, v5p:2x4x4, v6e:8x8, v4:2x2x4.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "Chips, such as v5e:16x16, v5p:2x4x4, v6e:8x8, v4:2x2x4, h100:2x8.")
 DEVICES = flags.DEFINE_string("devices", "", "GPUs, such as 8xH100, 1xH200, 8xA100.")
 PROGRAM = flags.DEFINE_string("program", "", "One of imitation, preference, interaction, act; by default all.")
 JSON = flags.DEFINE_string("json", "", "A file to which each program adds one line.")
@@ -28,8 +29,8 @@ JSON = flags.DEFINE_string("json", "", "A file to which each program adds one li
 def compiler_environment() -> dict[str, str]:
   """What lets the TPU's compiler load without a TPU, without asking a cloud about one, and beside other processes.
 
-  The compiler lies beside the packages, not among them (`make tpu-compiler`): JAX looks for a TPU wherever it can
-  import libtpu, and no other command should.
+  The compilers lie beside the packages, not among them: JAX looks for a TPU wherever it can import libtpu, and for a
+  GPU wherever it finds that plugin, and no other command should.
   """
   found = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_ID": "0",
@@ -47,6 +48,9 @@ def main(argv: list[str]) -> None:
     fail("give --config=FILE and one of --topology=v5e:16x16 and --devices=8xH100")
   for name, value in compiler_environment().items():
     os.environ.setdefault(name, value)
+
+  if (beside := pathlib.Path(sys.prefix) / "gpu-compiler").exists() and not TOPOLOGY.value.startswith("v"):
+    sys.path.insert(0, str(beside))
 
   from stare_jax import compile_programs  # loads JAX, which reads the environment
 

@@ -17,28 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stare_jax import pipeline_policy, pipeline_updates, policies, rollout, roofline, roofline_hlo, sharding, train
+from stare_jax.compile_topology import host, topology
 from stare_jax.pipeline_check import check_batches, resolved
 from stare_jax.policies import lora
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
 PARTS = {"imitation": "SFT", "preference": "StA-TPO", "interaction": "StA-PPO", "act": "act"}
-
-
-def topology(name: str) -> tuple[roofline.Chip, list[jax.Device]]:
-  """The chip and the devices of "v5e:16x16"; one device per chip."""
-  from jax.experimental import topologies
-
-  version, separator, shape = name.partition(":")
-  if version not in roofline.CHIPS or not separator or not re.fullmatch(r"\d+(x\d+)+", shape):
-    known = [chip for chip in roofline.CHIPS if chip.startswith("v")]
-    raise ValueError(f"topology {name!r}: expected a version of {known} and its shape, such as v5e:16x16 or v4:2x2x4")
-  options = {"chip_config_name": "megacore"} if version == "v4" else {}  # both cores of a chip as one device
-  try:
-    found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
-  except Exception as error:  # what a missing or unfit compiler raises is not one type
-    raise ValueError(f"topology {name!r}: the TPU compiler did not give it ({str(error).splitlines()[0]}). Is it "
-                     f"installed (make tpu-compiler), and does this version come in that shape?") from error
-  return roofline.CHIPS[version], list(found.devices)
 
 
 def make_policy(config: Any) -> policies.Policy:
@@ -144,17 +128,6 @@ def _act_job(policy: policies.Policy, config: Any, devices: Sequence[jax.Device]
   key = whole(jax.random.key(0).dtype)
   traced = rollout.act_program(policy, own).trace(params, obs, key, *[whole(jnp.uint32, n)] * 3, whole(jnp.float32))
   return Job(traced, n, 1, False, own)
-
-
-def host(devices: Sequence[jax.Device]) -> list[jax.Device]:
-  """The devices of the first process. TPU chips come as a topology of their own: some compile for all of one only."""
-  first = [d for d in devices if d.process_index == devices[0].process_index]
-  if first[0].platform != "tpu" or len(first) == len(devices):
-    return first
-  at = np.array([d.coords for d in first])
-  shape = np.ptp(at, axis=0) + 1
-  version = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}[first[0].device_kind]
-  return topology(f"{version}:{'x'.join(str(n) for n in (shape if version in ('v4', 'v5p') else shape[:2]))}")[1]
 
 
 # What came out ----------------------------------------------------------------------------------------------
@@ -279,7 +252,7 @@ def plan(config: Any, text: str) -> str:
     here = rows // shards
     sizes = roofline.memory_plan(
       params, policy.config, devices=mesh.shape["fsdp"] * mesh.shape["tensor"], rows=here, remat=policy.config.remat,
-      trainable=trainable, summed=summed, apart=devices == 1,
+      trainable=trainable, summed=summed, apart=devices == 1, chip="gpu",
     )  # fmt: skip
     total = roofline.training_bytes(sizes)
     fits = "fits" if total < 0.9 * chip.hbm else "DOES NOT FIT: use smaller micro-batches, more devices or LoRA"

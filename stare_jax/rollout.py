@@ -310,7 +310,7 @@ def act_program(policy: Any, mesh: Any = None) -> Callable:
     with sharding.activations(mesh):
       return policy.act(params, obs, jax.vmap(fold)(seeds, samples, steps), temperature)
 
-  return jax.jit(act)
+  return jax.jit(act, compiler_options=sharding.compiler_options(mesh, acting=True))
 
 
 def compile_act(policy: Any, mesh: Any = None) -> Callable:

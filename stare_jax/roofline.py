@@ -18,9 +18,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 from stare_jax import sharding
 
 GIB, GB = 2**30, 1e9
-# What a compiled update takes beside the activations that it keeps, in units of those that remat "block" would keep.
-# With it the plan meets the TPU programs of docs/scaling.md within 5 %. Layers apart take none of it.
-AT_WORK = 1.2
+# What a compiled update takes beside the activations that it keeps, in units of those that remat "block" would keep;
+# and how many more trees of gradients where they are summed over micro-batches: the loop's, and on a TPU its next one.
+# With these the plan meets the programs of docs/scaling.md within 5 %. Layers apart take none of the first.
+AT_WORK, SUMS = {"tpu": 1.2, "gpu": 0.2}, {"tpu": 2, "gpu": 1}
 
 
 class Chip(NamedTuple):
@@ -164,6 +165,8 @@ def collective_seconds(kind: str, size: float, group: int, chip: Chip) -> float:
 def kept_per_row(config: Any, remat: str, count: int = 7, apart: bool = False) -> float:
   """Bytes of what the layers of one row keep for the backward pass (`layers.REMAT`), with one layer at work.
 
+  Scores that are kept are so in float32 three times over, and in the type of products.
+
     apart: the last layer of the decoder computes the action's positions alone; attention keeps no scores (`nn.fuses`).
   """
   item = 2 if config.compute_dtype == "bfloat16" else 4
@@ -173,28 +176,31 @@ def kept_per_row(config: Any, remat: str, count: int = 7, apart: bool = False) -
   stacks = [(config.llm_depth - apart, sequence, config.llm_width, 2 * config.llm_mlp, config.llm_head_size)]
   stacks += [(v.depth - 1, config.patches + v.prefix_tokens, v.width, v.mlp, v.head_size) for v in visions]
 
-  def layer(length: int, width: int, mlp: int, head: int, remat: str) -> float:
+  def layer(length: int, width: int, mlp: int, head: int, remat: str, score: int) -> float:
     kept = width  # the block's input
     kept += {"block": 0, "attention": 4 * width, "products": 5 * width + mlp, "none": 10 * width + 2 * mlp}[remat]
-    scores = (4 + item) * (width // head) * length * length if remat == "none" and not fused else 0  # in two types
+    scores = score * (width // head) * length * length if remat == "none" and not fused else 0
     return kept * length * item + scores
 
-  total = sum(depth * layer(*sizes, remat) for depth, *sizes in stacks)
-  return total + max(layer(*sizes, "none") for _, *sizes in stacks)  # what is being computed again
+  total = sum(depth * layer(*sizes, remat, score=12 + item) for depth, *sizes in stacks)
+  return total + max(layer(*sizes, "none", score=4 + item) for _, *sizes in stacks)  # what is being computed again
 
 
 def memory_plan(
   params: Any, config: Any, *, devices: int, rows: int, remat: str, trainable: int | None = None, summed: bool = False,
-  apart: bool = False,
+  apart: bool = False, chip: str = "tpu",
 ) -> dict[str, float]:  # fmt: skip
   """Bytes on each device for an update of `rows` rows per device, and for `act` with as many.
 
     devices: in how many pieces the parameters are cut (fsdp x tensor).
     trainable: how many parameters are; None is all of them. Gradients and both moments are float32.
-    summed: over several micro-batches; the loop holds the sum that it got and the one that it makes.
-    apart: layers are copied out of their stack, as on one NVIDIA GPU (`layers.stack`).
+    summed: over several micro-batches.
+    apart: layers are copied out of their stack, as on one NVIDIA GPU (`layers.stack`); frozen ones of the decoder lie
+      apart from the start.
+    chip: a key of `AT_WORK`.
   """
-  stacked = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if "layers" in jax.tree_util.keystr(path)]
+  leaves = ((jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params))
+  copied = [x for path, x in leaves if "layers" in path and (trainable is None or "llm" not in path)]
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
   trained = count if trainable is None else trainable
@@ -204,12 +210,12 @@ def memory_plan(
   return {
     "parameters": (size + extra) / devices,
     "gradients": 4.0 * trained / devices,
-    "summed gradients": 8.0 * trained / devices if summed else 0.0,
+    "summed gradients": 4.0 * SUMS[chip] * trained / devices if summed else 0.0,
     "moments": 8.0 * trained / devices,
     "one layer, gathered": layer,
-    "layers apart": float(sum(math.prod(x.shape) * x.dtype.itemsize for x in stacked)) if apart else 0.0,
+    "copied layers": float(sum(math.prod(x.shape) * x.dtype.itemsize for x in copied)) if apart else 0.0,
     "activations": rows * kept_per_row(config, remat, apart=apart),
-    "at work": 0.0 if apart else AT_WORK * rows * kept_per_row(config, "block"),
+    "at work": 0.0 if apart else AT_WORK[chip] * rows * kept_per_row(config, "block"),
     "KV cache of act": cache_bytes(config, rows, item),
   }
 

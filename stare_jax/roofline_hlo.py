@@ -195,9 +195,14 @@ def traffic(computations: Computations, times: dict[str, int]) -> tuple[float, f
 
 def _multiplies(i: Instruction, computations: Computations) -> bool:
   """Whether an instruction, or the computation fused into it, is a matrix product."""
-  if i.opcode in ("convolution", "dot"):
+  if i.opcode in ("convolution", "dot") or _is_cublas(i):
     return True
   return any(_multiplies(inner, computations) for _, name in _callees(i) for inner in computations.get(name, ()))
+
+
+def _is_cublas(i: Instruction) -> bool:
+  """Whether an instruction is a product that a GPU's library makes."""
+  return i.opcode == "custom-call" and 'custom_call_target="__cublas' in i.rest
 
 
 def _moved(i: Instruction, types: dict[str, str], computations: Computations) -> float:
@@ -208,7 +213,8 @@ def _moved(i: Instruction, types: dict[str, str], computations: Computations) ->
     return 2 * size(types.get(i.operands[1], ""), hbm=True)
   fused = _fused(i, computations)
   if fused is None:
-    return size(i.type, hbm=True) + sum(size(types.get(o, ""), hbm=True) for o in i.operands)
+    written = i.type.split(", s8[")[0] if _is_cublas(i) else i.type  # beside its result it has room to work in
+    return size(written, hbm=True) + sum(size(types.get(o, ""), hbm=True) for o in i.operands)
   whole = [size(types.get(operand, ""), hbm=True) for operand in i.operands]
   return _written(i, fused) + sum(_read(fused, number, n, computations) for number, n in enumerate(whole))
 

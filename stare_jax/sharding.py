@@ -37,10 +37,13 @@ RULES: dict[str, Any] = {  # word -> mesh axis (or axes), None = not cut
 # What the compiler is told on some chips. On v4 it would turn every gather of an operand above this size (MiB) into a
 # ring that multiplies piece by piece, and reads the activations again for each piece.
 COMPILER_OPTIONS = {"TPU v4": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
-# Of updates and log-probabilities on one NVIDIA GPU: products in cuBLAS, which adds to what is there, where one that
-# the compiler writes itself needs an addition of its own; weights copied out of their stack once, and kernels launched
-# one by one: what would spare these copies and launches costs the host more time than the GPU gains.
-ONE_GPU = {
+# On NVIDIA GPUs the compiler would make one product of those of x with a kernel and with its adapter, and copy both
+# side by side in every call.
+NVIDIA = {"xla_gpu_dot_merger_threshold_mb": 0}
+# For updates and log-probabilities on one NVIDIA GPU, beside that: products in cuBLAS, which adds to what is there,
+# where one that the compiler writes itself needs an addition of its own; weights copied out of their stack once, and
+# kernels launched one by one: what would spare these copies and launches costs the host more time than the GPU gains.
+ONE_GPU = NVIDIA | {
   "xla_gpu_enable_triton_gemm": False,
   "xla_gpu_enable_dynamic_slice_fusion": False,
   "xla_gpu_enable_command_buffer": "",
@@ -76,17 +79,22 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH, axis_types=types)
 
 
-def compiler_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
-  """Of `jax.jit`, for the programs of this mesh with `Policy.apply` in them; without a mesh, of one device."""
+def compiler_options(mesh: Mesh | None, *, acting: bool = False) -> dict[str, str | bool | int] | None:
+  """Of `jax.jit`, for the programs of this mesh with `Policy.apply` in them; without a mesh, of one device.
+
+  acting: for those with `Policy.act`.
+  """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  if one_gpu(mesh):
-    return ONE_GPU
-  return COMPILER_OPTIONS.get(device.device_kind)
+  if on_nvidia(device):
+    return ONE_GPU if one_gpu(mesh) and not acting else NVIDIA
+  return None if acting else COMPILER_OPTIONS.get(device.device_kind)
 
 
 def on_nvidia(device: jax.Device | None = None) -> bool:
-  """Whether a device, by default those that programs run on, is an NVIDIA GPU."""
-  device = jax.devices()[0] if device is None else device
+  """Whether a device, by default those that the function being traced is for, is an NVIDIA GPU."""
+  if device is None:
+    mesh = jax.sharding.get_abstract_mesh()
+    device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
   return device.platform == "gpu" and "NVIDIA" in device.device_kind
 
 

@@ -154,14 +154,16 @@ def test_the_fused_kernel_runs_again_only_where_nothing_is_kept(remat, times, mo
   assert [eqn.primitive.name for eqn in inspecting.equations(program.jaxpr)].count(nn.FUSED) == times
 
 
-def test_the_compiler_is_told_about_one_gpu_alone(monkeypatch):
+def test_the_compiler_is_told_about_gpus_alone(monkeypatch):
   mesh = sharding.make_mesh({"data": -1})
   assert sharding.compiler_options(None) is sharding.compiler_options(mesh) is None
   monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
   assert sharding.compiler_options(None) == sharding.compiler_options(sharding.make_mesh({}, jax.devices()[:1]))
   assert sharding.compiler_options(None)["xla_gpu_enable_triton_gemm"] is False
   assert jax.jit(lambda x: x + 1, compiler_options=sharding.ONE_GPU)(1.0) == 2.0  # this JAX knows all of them
-  assert sharding.compiler_options(mesh) is None and mesh.size > 1
+  assert mesh.size > 1
+  for found in (sharding.compiler_options(mesh), *(sharding.compiler_options(m, acting=True) for m in (None, mesh))):
+    assert found == sharding.NVIDIA
 
 
 def test_attention_is_fused_only_where_it_can_be(monkeypatch):

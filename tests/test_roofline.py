@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stare_jax import compile_programs, policies, roofline, roofline_hlo, sharding, train
+from stare_jax import compile_programs, compile_topology, policies, roofline, roofline_hlo, sharding, train
 from stare_jax.policies import lora
 from tests import inspecting, nano_pod
 
@@ -419,8 +420,8 @@ def test_a_mesh_may_cut_an_axis_of_the_torus(user_environment):
 import os
 from stare_jax import compile
 os.environ.update(compile.compiler_environment())
-from stare_jax import compile_programs, sharding
-mesh = sharding.make_mesh({"data": -1, "fsdp": 8}, compile_programs.topology("v6e:4x4")[1])
+from stare_jax import compile_topology, sharding
+mesh = sharding.make_mesh({"data": -1, "fsdp": 8}, compile_topology.topology("v6e:4x4")[1])
 print(dict(mesh.shape), len({device.id for device in mesh.devices.flat}))
 """
   root = pathlib.Path(__file__).resolve().parent.parent
@@ -428,6 +429,47 @@ print(dict(mesh.shape), len({device.id for device in mesh.devices.flat}))
   done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True,
                         check=False)  # fmt: skip
   assert done.stdout.split("\n")[0] == "{'data': 2, 'fsdp': 8, 'tensor': 1} 16", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_gpu_compiler_takes_every_program(tmp_path, user_environment):
+  if not pathlib.Path(sys.prefix, "gpu-compiler").exists():
+    pytest.skip("the GPU compiler is not installed: make gpu-compiler")
+  out = tmp_path / "programs.jsonl"
+  command = [sys.executable, "-m", "stare_jax.compile", "--config=tests/nano_pod.py", "--topology=h100:1x4"]
+  root = pathlib.Path(__file__).resolve().parent.parent
+  done = subprocess.run([*command, f"--json={out}"], cwd=root, env=user_environment, capture_output=True, text=True,
+                        check=False)  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+  records = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [record["program"] for record in records] == list(compile_programs.PROGRAMS)
+  for record in records:
+    check(record, gathers=False)
+    assert record["product_seconds"] > 0 and (record["collectives"]["reduce-scatter"]["count"] >= 5) is (
+      record["program"] != "act")  # fmt: skip
+
+
+@pytest.mark.parametrize("name, words", [
+  ("v5e", "expected a TPU version"), ("b100:1x8", "h100:2x8"), ("h100:8", "machines x GPUs of each, such as h100:2x8"),
+  ("h100:0x8", "machines x GPUs"), ("h200:1x1", "--devices=1xH200"),
+])  # fmt: skip
+def test_a_topology_that_is_none_says_what_one_is(name, words):
+  with pytest.raises(ValueError, match=re.escape(words)):
+    compile_topology.topology(name)
+
+
+def test_a_product_of_cublas_is_one_and_its_workspace_no_traffic():
+  text = """HloModule m
+ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  %gemm = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul"
+  ROOT %out = bf16[64,16]{1,0} get-tuple-element(%gemm), index=0
+}
+"""
+  computations, entry = roofline_hlo.parse(text)
+  times = roofline_hlo.runs(computations, entry, 1)
+  assert roofline_hlo.traffic(computations, times) == (2 * (64 * 32 + 32 * 16 + 64 * 16), 0)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ NEGATIVE = -1e30  # the score of what may not be seen; finite, so that a fully m
 REMAT: dict[str, tuple[str, ...] | None] = {  # what a block keeps from its forward pass for its backward pass
   "none": None,  # everything
   "block": (),  # its input; the rest is computed again
-  "attention": ("qkv", "attention"),  # and queries, keys, values and what attention makes of them
+  "attention": ("qkv", "attention"),  # and queries and keys (rotated), values, and what attention makes of them
   "products": ("qkv", "attention", "sum", "mlp"),  # and all matrix products with kernels
 }
 FUSED = "dot_product_attention_fwd_wrapper"  # cuDNN's kernel, which keeps a number for each query beside what it makes
@@ -143,6 +143,8 @@ def attention(
     fused: in one kernel that keeps no scores (`fuses`), where there is one part, several queries and one device: what
       a mesh makes of that kernel has not been seen.
   """
+  q, *kv = checkpoint_name([q, *itertools.chain(*parts)], "qkv")  # as attention needs them, rotated
+  parts = list(zip(kv[::2], kv[1::2]))
   if fused and len(parts) == 1 and q.shape[2] > 1 and q.shape[-1] % 8 == 0 and not sharding.spread():
     out = fused_attention(q, *parts[0], seen)  # is kept by its own name: `FUSED`
   else:
@@ -205,7 +207,7 @@ def _capability() -> float:
 
 def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
   """[N, Q, 3, W] -> queries, keys and values [N, H, Q, E]."""
-  qkv = sharding.constrain(checkpoint_name(qkv, "qkv"), "batch", None, None, "heads")
+  qkv = sharding.constrain(qkv, "batch", None, None, "heads")
   n, count, _, width = qkv.shape
   qkv = qkv.reshape(n, count, 3, width // head_size, head_size)
   return [x.transpose(0, 2, 1, 3) for x in jnp.unstack(qkv, axis=2)]
