@@ -1,6 +1,6 @@
 """Imitation -> Preference -> Interaction on one ManiSkill3 task: the main job.
 
-  python -m stare_jax.main --config=configs/ipi.py                              # about half an hour on two cores
+  python -m stare_jax.main --config=configs/ipi.py                              # 11 to 25 minutes on two cores
   python -m stare_jax.main --config=configs/ipi.py:smoke                        # the same path in minutes
   python -m stare_jax.main --config=configs/ipi.py:default,task=push_cube,seed=3 --config.interaction.hp.clip=0.1
   python -m stare_jax.main --config=configs/ipi.py:default,method=sta_ppo      # a baseline or an ablation: METHODS
@@ -51,7 +51,7 @@ PRESETS["openvla_7b"] = SEVEN_B | {
   "interaction.optimiser.learning_rate": 5e-6, "interaction.optimiser.value_lr_scale": 100.0,
 }  # fmt: skip
 PRESETS["openvla_7b_lora"] = SEVEN_B | {  # adapters on frozen bfloat16 weights, on one GPU of 80 GB
-  "policy.options": {"remat": "products"},  # 70 GB with 32 rows, "block" 36: docs/scaling.md
+  "policy.options": {"remat": "products"},  # 57 GB with 32 rows, "block" 24: docs/scaling.md
   "policy.lora.rank": 32, "imitation.demonstrations": 1024, "imitation.batch": 32, "imitation.updates": 2000,
   "imitation.optimiser.learning_rate": 5e-4, "preference.starts": 64, "preference.batch": 16,
   "preference.micro_batch": 32, "preference.updates": 200, "preference.optimiser.learning_rate": 2e-5,

@@ -50,7 +50,7 @@ class StageBatch(NamedTuple):
     ref_log_prob: float32[2B, T], nats, log pi_ref(a_t | o_t), summed over action tokens.
     sign: int8[B, K], as in `Pair`; zeros in a padded pair.
     overall: int8[B], as in `Pair`.
-    cost: float32[2B, K], the stage cost; 0 where the stage has no steps (its sign is 0 there).
+    cost: float32[2B, K], the stage cost; 0 where the stage has no steps.
     episode: int32[2B], index of the episode in the list that was paired (its instruction, its seed); -1 for
       padding.
   """

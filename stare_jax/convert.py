@@ -7,8 +7,8 @@
   python -m stare_jax.convert --to-peft RUN/checkpoints/imitation OUT --source FOLDER
       OUT holds the run's adapters alone, for peft.PeftModel.from_pretrained on FOLDER
 
-All parameters must fit into the memory of the default device (the host's on CPU). What each of the two checks, and what
-it refuses: docs/checkpoints.md.
+All parameters must fit into the memory of the default device (the host's on CPU). What each of them checks
+and refuses: docs/checkpoints.md.
 """
 
 from __future__ import annotations

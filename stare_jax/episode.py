@@ -62,7 +62,7 @@ class Episode:
   Attributes:
     task: registry name.
     seed: the environment seed; with the task it fixes the initial state.
-    instruction: what the policy was told.
+    instruction: the task's own; an evaluation suite may have told the policy another.
     images: uint8[T, H, W, 3], o_0 .. o_{T-1}.
     signals: float32[T+1, S], s_0 .. s_T, packed as in `SIGNALS`.
     actions: float32[T, D], as decided; a noisy expert's disturbance is not in them.

@@ -2,7 +2,8 @@
 
   python -m stare_jax.main --config=configs/ipi.py[:preset[,task=...][,seed=...]] [--workdir=DIR] [--config.field=value]
 
-Running the same command again continues where the run stands. Ctrl-C or SIGTERM writes a checkpoint first.
+Running the same command again continues where the run stands. Ctrl-C or SIGTERM writes a checkpoint first; a second
+Ctrl-C ends the run at once.
 
 A run of several processes (docs/launching.md) starts this in each of them, with the same --config and --workdir and
 
@@ -58,9 +59,7 @@ def main(argv: list[str]) -> int | None:
     fail("--config is missing; the main job is --config=configs/ipi.py")
   config = CONFIG.value
   workdir = WORKDIR.value or os.path.join("runs", run_name(config))
-  stopping: list[int] = []
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda got, frame: stopping.append(got))
+  stopping = signals()
   command = shlex.join(["python", "-m", "stare_jax.main", *sys.argv[1:]])
 
   if mistake := wrong_processes(DISTRIBUTED.value, NUM_PROCESSES.value, PROCESS_ID.value):
@@ -106,6 +105,21 @@ def main(argv: list[str]) -> int | None:
   processes.leave()
   if processes.first():
     show_files(workdir, suites=job is pipeline_suites)
+
+
+def signals() -> list[int]:
+  """SIGTERM and SIGINT as they come in; the run looks and ends with a checkpoint. A second Ctrl-C ends it at once."""
+  got: list[int] = []
+
+  def hear(number: int, frame: Any) -> None:
+    if number == signal.SIGINT and number in got:
+      signal.signal(number, signal.SIG_DFL)  # every file is whole whenever that happens
+      signal.raise_signal(number)
+    got.append(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, hear)
+  return got
 
 
 def hold(workdir: str) -> TextIO:

@@ -1,4 +1,4 @@
-"""The hall: Imitation -> Preference -> Interaction, one function per phase, and the loop that they share.
+"""The hall: Imitation -> Preference -> Interaction, one function per phase. `pipeline_run` has what they share.
 
 A phase is a pure function of (its starting parameters, the configuration, the seed): the i-th advance of its loop
 depends on the state and on i alone. So a run that was killed anywhere repeats from its last checkpoint and ends with

@@ -1,9 +1,10 @@
 """Actor x simulator -> episodes, with the behaviour's log-probs and values; simulation and inference overlap.
 
 Environments are split into groups. While one group's environments step in their worker processes, the actor decides for
-the other: with two groups neither side waits for the slower one's full turn. Every environment runs its own queue of
-starts, and what it does depends on (start, sample, step) alone, so the same call gives the same episodes whatever the
-timing. A worker's death costs the episodes on it: they are discarded and run again.
+the other: with two groups neither side waits for the slower one's full turn. `episodes` gives the next start to
+whichever environment is free, `rows` a queue of its own to each. What an environment does depends on (start, sample,
+step) alone, so the same call gives the same episodes whatever the timing. A worker's death costs the episodes on it:
+they are discarded and run again.
 """
 
 from __future__ import annotations

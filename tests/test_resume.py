@@ -108,6 +108,15 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_a_status_of_its_own(tmp_path,
   assert toy_run.results(workdir) == toy_run.results(uninterrupted)
 
 
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path, toy_environment):
+  launch = Launch(tmp_path / "run", toy_environment)
+  assert launch.wait_for(lambda: "run folder" in launch.log.read_text()), launch.log.read_text()  # nothing looks yet
+  launch.process.send_signal(signal.SIGINT)
+  time.sleep(0.2)  # two that wait together would be one
+  launch.process.send_signal(signal.SIGINT)
+  assert launch.process.wait() == -signal.SIGINT, launch.log.read_text()
+
+
 def test_a_run_goes_on_with_other_devices_and_less_memory(tmp_path, toy_environment, uninterrupted):
   """As one that found too little of it must: what changes then is rounding."""
   workdir = tmp_path / "run"

@@ -107,7 +107,7 @@ class Policy(NamedTuple):
     encode: (uint8[N, H, W, 3], N instructions) -> Obs; host, numpy.
     decode: int32[N, A] -> float32[N, D], actions for the simulator; host, numpy.
     tokenize: float32[N, D] -> int32[N, A], its inverse up to the bin; host, numpy.
-    param_axes: ((path pattern, axis words), ...), the weights in sharding words, one entry per array axis.
+    param_axes: ((path pattern, axis words), ...), the weights in sharding words, of their last axes.
     config: the backbone's own frozen configuration.
     free: bool per action dimension, False where the action never varies.
     trainable: by the path of a parameter ("lora/llm/head/a"), whether it is trained; None trains all.
