@@ -72,7 +72,8 @@ def config_differences(saved: Mapping[str, Any], config: Any, ignore: tuple[str,
   """One line for each key that differs between a flattened configuration and `config`; `ignore`: beginnings of keys."""
   now = flatten_config(config)
   show = lambda flat, key: repr(flat[key]) if key in flat else "absent"
-  differs = lambda k: k not in saved or k not in now or saved[k] != now[k]
+  spelled = lambda k, x: os.path.realpath(x) if k == "init_from" and x else x  # one folder has many names
+  differs = lambda k: k not in saved or k not in now or spelled(k, saved[k]) != spelled(k, now[k])
   keys = sorted(k for k in {*saved, *now} if differs(k) and not k.startswith(ignore))
   return [f"{key}: {show(saved, key)} there, {show(now, key)} now" for key in keys]
 

@@ -2,8 +2,8 @@
 
   python -m stare_jax.main --config=configs/ipi.py[:preset[,task=...][,seed=...]] [--workdir=DIR] [--config.field=value]
 
-Running the same command again continues where the run stands. Ctrl-C or SIGTERM writes a checkpoint first; a second
-Ctrl-C ends the run at once.
+Running the same command again continues where the run stands. Ctrl-C, SIGTERM or SIGHUP writes a checkpoint first; a
+second Ctrl-C ends the run at once.
 
 A run of several processes (docs/launching.md) starts this in each of them, with the same --config and --workdir and
 
@@ -104,21 +104,30 @@ def main(argv: list[str]) -> int | None:
     raise
   processes.leave()
   if processes.first():
+    pathlib.Path(workdir, "error.log").unlink(missing_ok=True)  # of an earlier launch
     show_files(workdir, suites=job is pipeline_suites)
 
 
 def signals() -> list[int]:
-  """SIGTERM and SIGINT as they come in; the run looks and ends with a checkpoint. A second Ctrl-C ends it at once."""
+  """SIGTERM, SIGINT and SIGHUP (unless under nohup) as they come in: the run looks, and ends with a checkpoint.
+
+  A second Ctrl-C ends it at once.
+  """
   got: list[int] = []
 
   def hear(number: int, frame: Any) -> None:
     if number == signal.SIGINT and number in got:
       signal.signal(number, signal.SIG_DFL)  # every file is whole whenever that happens
       signal.raise_signal(number)
+    elif not got:
+      say = b"stopping as soon as a checkpoint is written; a second Ctrl-C ends it at once\n"
+      with contextlib.suppress(OSError):
+        os.write(2, say)  # a print could be inside another one
     got.append(number)
 
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, hear)
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, hear)
   return got
 
 
@@ -226,6 +235,8 @@ def drop_what_nobody_reads() -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser, where a mistake is one message instead of a traceback."""
+  if mistake := wrong_fields(argv):
+    fail(mistake)
   try:
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -233,6 +244,20 @@ def parse_flags(argv: list[str]) -> list[str]:
     text = str(error).strip()
     text = text.splitlines()[-1] if "Traceback" in text else text
     fail(unknown_field(argv) or f"{text}\nFor the flags: python -m stare_jax.main --help")
+
+
+def wrong_fields(argv: list[str]) -> str:
+  """Fields that a flag would set without what belongs to them, or twice; empty if there are none."""
+  named = [item.lstrip("-").partition("=")[0] for item in argv[1:] if item.startswith("-")]
+  fields = [name for name in named if name.startswith("config.")]
+  for field in ("preset", "method"):
+    if f"config.{field}" in fields:
+      return (f"--config.{field} would change the name alone, and not what the {field} sets: write it behind the "
+              f"config file, as --config=configs/ipi.py:smoke,method=sta_ppo")
+  for name in fields:
+    if fields.count(name) > 1:
+      return f"--{name} is given {fields.count(name)} times: give it once"
+  return ""
 
 
 def unknown_field(argv: list[str]) -> str:

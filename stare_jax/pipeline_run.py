@@ -59,7 +59,9 @@ class Run:
     check_batches(self.config, sharding.batch_shards(self.mesh))
     pipeline_together.check(config, self.workdir)
     unit = np.ones(7, np.float32)  # a mistake in the policy's options is answered before any work is done
-    make_policy(self.config, policies.ActionStats(-unit, unit, unit > 0))
+    policy = make_policy(self.config, policies.ActionStats(-unit, unit, unit > 0))
+    size = self.config.sim.image_size
+    policy.encode(np.zeros((1, size, size, 3), np.uint8), [self.task.instruction])  # may be too long for it
     self.folder_statistics = folder_statistics(config)
     self.base = Base(config)
     self.policy: policies.Policy | None = None
@@ -141,9 +143,14 @@ class Run:
     and devices and memory, so that a finished run may be evaluated otherwise, changed from a later phase on, or trained
     for longer, and one that ran out of memory goes on with less.
     """
-    later = PHASES[PHASES.index(phase) + 1 :]
-    skipped = (*IDENTITY_SKIPS, *(f"{name}." for name in later))
+    skipped = self.skipped(phase)
     return {k: v for k, v in checkpoint.flatten_config(self.config).items() if not k.startswith(skipped)}
+
+  def skipped(self, phase: str) -> tuple[str, ...]:
+    """Beginnings of the fields that are not in `identity`: also those of later phases, and of phases never run here."""
+    there = lambda name: name in self.config.phases or checkpoint.latest(checkpoint_dir(self, name)) is not None
+    later = PHASES[PHASES.index(phase) + 1 :]
+    return (*IDENTITY_SKIPS, *(f"{name}." for name in PHASES if name in later or not there(name)))
 
   def seeds(self, purpose: str, count: int) -> range:
     """`count` environment seeds for a purpose; never those of the evaluation, which lie below 2^24."""
@@ -209,7 +216,7 @@ def check_saved(run: Run, phase: str) -> None:
   """
   if checkpoint.latest(folder := checkpoint_dir(run, phase)) is None:
     return
-  checkpoint.check_config(folder, run.identity(phase), ignore=IDENTITY_SKIPS)
+  checkpoint.check_config(folder, run.identity(phase), ignore=run.skipped(phase))
   if phase not in run.config.phases:
     return
   meta, origin, total = checkpoint.read_meta(folder), predecessor(run, phase), updates_of(run, phase)

@@ -29,10 +29,9 @@ class Run:
 
   @property
   def phases(self) -> list[str]:
-    """Every phase that left a trace, in the run's order."""
-    order = [p for p in self.config.get("phases", ()) if isinstance(p, str)] + list(PHASES)
+    """Every phase that left a trace, in the order of the method."""
     found = [*self.rows, *self.evaluations]
-    return [p for p in dict.fromkeys([*order, *found]) if p in found]
+    return [p for p in dict.fromkeys([*PHASES, *found]) if p in found]
 
   @property
   def evaluated(self) -> list[dict]:

@@ -45,6 +45,10 @@ TYPOS = {
   "loss of another phase": (["--config=configs/ipi.py:smoke", "--config.preference.loss=ppo"], ('"ppo"', "stage_tpo")),
   "choice": (["--config=configs/ipi.py:smoke", "--config.interaction.critic=stat"], ('"stat"', 'did you mean "state"')),
   "critic": (["--config=configs/ipi.py:smoke", "--config.interaction.critic_hp.epochs=0"], ("critic_hp", "at least 1")),
+  "method": (["--config=configs/ipi.py:smoke", "--config.method=sta_ppo"], ("--config.method", "smoke,method=sta_ppo")),
+  "twice": (
+    ["--config=configs/ipi.py:smoke", "--config.seed=1", "--config.seed=2"], ("--config.seed is given 2 times",)
+  ),
   "file": (["--config=configs/ip.py"], ("configs/ip.py",)),
   "nothing": ([], ("--config=configs/ipi.py",)),
 }

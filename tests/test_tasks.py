@@ -17,6 +17,7 @@ NAMES = tasks.names()
 BASIC = ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright")
 PICK_AND_PLACE = ("pick_cube", "stack_cube", "place_sphere")
 CONTACT = {"push_cube": "Push", "pull_cube": "Pull"}
+DIRECTED = (*CONTACT, "poke_cube")  # tasks with a distance along a direction of its own
 # Stages of the other Panda tasks, and where they are cut: after ManiSkill's own limit.
 TOOLS = {
   "poke_cube": ("Reach Grasp Poke", 50),
@@ -270,13 +271,14 @@ def test_invariant_to_where_the_scene_is(name, rng):
   One distance is measured from the robot's base, which no signal shows.
   """
   now, start = random_signals(rng, 100), random_signals(rng, 100)
-  directed = name in (*CONTACT, "poke_cube")
-  turn, by = 0.0 if directed else 1.1, np.array([0.3, -0.2, 0.1], np.float32)
+  turn, by = 0.0 if name in DIRECTED else 1.1, np.array([0.3, -0.2, 0.1], np.float32)
   for label, word in words(tasks.get(name)):
     if (name, label) == ("pull_cube_tool", "Pull.distance"):
       continue
     here, there = word(now, start), word(moved(now, turn, by), moved(start, turn, by))
-    np.testing.assert_allclose(there.astype(np.float32), here.astype(np.float32), atol=2e-6, err_msg=label)
+    np.testing.assert_allclose(there.astype(np.float32), here.astype(np.float32), atol=2e-6,
+                               err_msg=f"{label} changes where the scene is moved and turned; if it has a direction of "
+                                       f"its own, name {name} in DIRECTED")  # fmt: skip
 
 
 def cube_episode(task: tasks.Task, heights, grasped, at=(0.1, 0.0, 0.2)) -> np.ndarray:

@@ -4,6 +4,10 @@ A kernel takes arrays and keyword numbers and returns `(loss, metrics)`: a float
 where `metrics["loss"]` is the same loss kept as its two sums. No model, config or random key is inside, so
 the same kernel serves every backbone, and shards and micro-batches add exactly. Nothing is imported until a
 kernel is asked for.
+
+Keyword numbers are constants of a program. Bind them before `jax.jit`:
+
+  jax.jit(functools.partial(losses.get("stage_tpo"), beta=0.1))
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ touch each only once. Panda and shaders are files, written once per user and ver
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import importlib.metadata
@@ -33,9 +34,12 @@ _CREASE = 35.0  # degrees; sharper edges keep flat shading
 
 
 def cache_root() -> pathlib.Path:
-  """The per-user cache folder."""
+  """The per-user cache folder; where it cannot be written, one of the user's among the temporary files."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-  return pathlib.Path(base) / "stare_jax"
+  root = pathlib.Path(base) / "stare_jax"
+  with contextlib.suppress(OSError):
+    root.mkdir(parents=True, exist_ok=True)
+  return root if os.access(root, os.W_OK) else pathlib.Path(tempfile.gettempdir()) / f"stare_jax-{os.getuid()}"
 
 
 def panda_folder(ratio: float) -> pathlib.Path:

@@ -10,6 +10,7 @@ replaced: its environments come back as lost, the event is recorded and logged, 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import logging
 import os
@@ -35,10 +36,13 @@ _LOG_TAIL = 1500  # characters of a dead worker's output that an event carries
 
 
 def _anonymous_file() -> int:
-  if hasattr(os, "memfd_create"):
-    return os.memfd_create("stare_jax")
+  """A descriptor above the standard ones: where those are closed, a worker's own would take its place."""
   with tempfile.TemporaryFile() as file:
-    return os.dup(file.fileno())
+    found = os.memfd_create("stare_jax") if hasattr(os, "memfd_create") else os.dup(file.fileno())
+  try:
+    return fcntl.fcntl(found, fcntl.F_DUPFD_CLOEXEC, 3)
+  finally:
+    os.close(found)
 
 
 class _Worker:
@@ -66,9 +70,10 @@ class _Worker:
       self.pipe.send({**start, "envs": envs})
 
   def output(self) -> str:
-    self.log.seek(0, os.SEEK_END)
-    self.log.seek(max(0, self.log.tell() - _LOG_TAIL))
-    return self.log.read().decode(errors="replace").strip()
+    self.log.seek(0)
+    lines = self.log.read().decode(errors="replace").splitlines()
+    # After a crash in native code faulthandler lists all modules, which would leave no room for the stack.
+    return "\n".join(line for line in lines if not line.startswith("Extension modules:")).strip()[-_LOG_TAIL:]
 
   def stop(self) -> None:
     """Ends the process at once; safe to call twice, also on a stopped or dead one."""
