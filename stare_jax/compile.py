@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
   for name, value in compiler_environment().items():
     os.environ.setdefault(name, value)
 
-  if (beside := pathlib.Path(sys.prefix) / "gpu-compiler").exists() and not TOPOLOGY.value.startswith("v"):
+  beside = pathlib.Path(sys.prefix) / "gpu-compiler"
+  if TOPOLOGY.value and not TOPOLOGY.value.startswith("v") and beside.exists():
     sys.path.insert(0, str(beside))
 
   from stare_jax import compile_programs  # loads JAX, which reads the environment
