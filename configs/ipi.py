@@ -39,8 +39,9 @@ SEVEN_B = {
   "interaction.steps": 80, "interaction.offset": 1.0, "interaction.hp.discount": 0.99, "interaction.hp.lam": 0.95,
   "interaction.hp.value_clip": 0.2, "interaction.optimiser.clip_norm": 10.0, "evaluation.temperature": 0.6,
 }  # fmt: skip
-# Everything is trained. As written: v5e of 128 chips and more, v6e and v4 of 32, v5p of 16, 16 GPUs of 80 GB; smaller
-# slices of 16 chips and more with the micro-batches that docs/scaling.md lists. 250 GiB of disk in each phase.
+# Everything is trained. As written: v5e of 128 chips and more, v6e and v4 of 32, v5p of 16, 16 GPUs of 80 GB (8 with
+# mesh.fsdp=8); smaller slices of 16 chips and more with the micro-batches that docs/scaling.md lists. 250 GiB of disk
+# in each phase.
 PRESETS["openvla_7b"] = SEVEN_B | {
   "mesh.fsdp": 16,
   "policy.options": {"remat": "block", "param_dtype": "float32", "compute_dtype": "bfloat16"},
