@@ -69,6 +69,8 @@ def parse_arg(arg: str, presets: Mapping[str, Any], **defaults: Any) -> tuple[st
     if not separator:
       if key not in presets:
         raise ConfigError(f'unknown preset "{key}": {suggest(key, tuple(presets))}')
+      if preset != "default":
+        raise ConfigError(f'two presets, "{preset}" and "{key}": name one')
       if position > 0:
         first = ",".join([key, *(part for part in parts if part != key)])
         raise ConfigError(f'the preset "{key}" has to come first: write "{first}"')

@@ -3,7 +3,7 @@
   python -m stare_jax.main --config=configs/ipi.py[:preset[,task=...][,seed=...]] [--workdir=DIR] [--config.field=value]
 
 Running the same command again continues where the run stands. Ctrl-C, SIGTERM or SIGHUP writes a checkpoint first; a
-second Ctrl-C ends the run at once.
+Ctrl-C after that ends the run at once.
 
 A run of several processes (docs/launching.md) starts this in each of them, with the same --config and --workdir and
 
@@ -28,6 +28,7 @@ import pathlib
 import shlex
 import signal
 import sys
+import time
 import traceback
 from typing import Any, NoReturn, TextIO
 
@@ -82,10 +83,11 @@ def main(argv: list[str]) -> int | None:
 
   if processes.first():
     try:
-      atexit.register(hold(workdir).close)
+      atexit.register(hold(workdir, processes.PATIENCE if processes.count() > 1 else 0.0).close)
     except (ValueError, OSError) as error:
       give_up(error)
   log.info("run folder: %s", workdir)
+  errors = pathlib.Path(workdir, "error.log" if processes.first() else f"error-{processes.index()}.log")
   job = pipeline_suites if "suites" in config else pipeline
   try:
     job.run(config, workdir, command=command, stop=lambda: bool(stopping))
@@ -95,34 +97,30 @@ def main(argv: list[str]) -> int | None:
     processes.leave()
     return STOPPED
   except pipeline.USER_ERRORS as error:
-    name = "error.log" if processes.first() else f"error-{processes.index()}.log"
     with contextlib.suppress(OSError):  # for whoever must find out where it came from
-      pathlib.Path(workdir, name).write_text(traceback.format_exc())
+      errors.write_text(traceback.format_exc())
     give_up(error)
   except BaseException as error:
     processes.leave(1, describe(error), traceback.format_exc())
     raise
   processes.leave()
+  errors.unlink(missing_ok=True)  # of an earlier launch
   if processes.first():
-    pathlib.Path(workdir, "error.log").unlink(missing_ok=True)  # of an earlier launch
     show_files(workdir, suites=job is pipeline_suites)
 
 
 def signals() -> list[int]:
   """SIGTERM, SIGINT and SIGHUP (unless under nohup) as they come in: the run looks, and ends with a checkpoint.
 
-  A second Ctrl-C ends it at once.
+  A Ctrl-C after the first of them ends it at once.
   """
   got: list[int] = []
 
   def hear(number: int, frame: Any) -> None:
-    if number == signal.SIGINT and number in got:
-      signal.signal(number, signal.SIG_DFL)  # every file is whole whenever that happens
-      signal.raise_signal(number)
-    elif not got:
-      say = b"stopping as soon as a checkpoint is written; a second Ctrl-C ends it at once\n"
-      with contextlib.suppress(OSError):
-        os.write(2, say)  # a print could be inside another one
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which no long program delays; every file is whole whenever it comes
+    if not got:
+      with contextlib.suppress(OSError):  # a print could be inside another one
+        os.write(2, b"stopping as soon as a checkpoint is written; Ctrl-C ends the run at once\n")
     got.append(number)
 
   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -131,20 +129,25 @@ def signals() -> list[int]:
   return got
 
 
-def hold(workdir: str) -> TextIO:
+def hold(workdir: str, patience: float = 0.0) -> TextIO:
   """Keeps the run folder for this process as long as the file is open; a second one would replace its files.
 
+    patience: seconds to wait for another process to end, or for a file server to notice that it has.
   Raises: ConfigError where another process has it. Where the file system has no locks nothing is kept.
   """
-  file = open(os.path.join(workdir, IN_USE), "w")
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    raise ConfigError(f"--workdir={workdir} is in use: another process is running in it. Wait for that one, stop it "
-                      f"(the same command then goes on), or name another folder") from None
-  except OSError:
-    pass
-  return file
+  file, until = open(os.path.join(workdir, IN_USE), "w"), time.monotonic() + patience
+  while True:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if time.monotonic() < until:
+        time.sleep(0.5)
+        continue
+      raise ConfigError(f"--workdir={workdir} is in use: another process is running in it. Wait for that one, stop it "
+                        f"(the same command then goes on), or name another folder") from None
+    except OSError:
+      pass
+    return file
 
 
 def show_files(workdir: str, *, suites: bool) -> None:
@@ -253,7 +256,7 @@ def wrong_fields(argv: list[str]) -> str:
   for field in ("preset", "method"):
     if f"config.{field}" in fields:
       return (f"--config.{field} would change the name alone, and not what the {field} sets: write it behind the "
-              f"config file, as --config=configs/ipi.py:smoke,method=sta_ppo")
+              f"config file, as in --config=configs/ipi.py:smoke,method=sta_ppo")
   for name in fields:
     if fields.count(name) > 1:
       return f"--{name} is given {fields.count(name)} times: give it once"

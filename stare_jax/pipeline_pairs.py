@@ -64,9 +64,10 @@ def collect(run: Run, params: Any) -> tuple[list[StagedEpisode], list[batching.P
     report.write_json(run.workdir / "data" / "preference" / "pairs.json", found)
   if not pairs:
     what = "differ in any stage" if c.pairs == "stage" else "of one start are a success and a failure"
+    more = max(4 * c.samples, 2 * c.samples_max)
     raise ConfigError(f"no two of the {len(staged)} rollouts {what}, so there is nothing to prefer. With "
-                      f"--config.preference.samples_max={4 * c.samples} this run goes on and rolls out more; or take "
-                      f"more preference.starts ({c.starts}) or a higher preference.temperature in a new --workdir")
+                      f"--config.preference.samples_max={more} this run goes on and rolls out more; or take more "
+                      f"preference.starts ({c.starts}) or a higher preference.temperature in a new --workdir")
   return staged, pairs
 
 

@@ -148,9 +148,13 @@ class Run:
 
   def skipped(self, phase: str) -> tuple[str, ...]:
     """Beginnings of the fields that are not in `identity`: also those of later phases, and of phases never run here."""
+    return (*IDENTITY_SKIPS, *self.never_run, *(f"{name}." for name in PHASES[PHASES.index(phase) + 1 :]))
+
+  @property
+  def never_run(self) -> tuple[str, ...]:
+    """Beginnings of the fields of phases that neither ran in this folder nor will."""
     there = lambda name: name in self.config.phases or checkpoint.latest(checkpoint_dir(self, name)) is not None
-    later = PHASES[PHASES.index(phase) + 1 :]
-    return (*IDENTITY_SKIPS, *(f"{name}." for name in PHASES if name in later or not there(name)))
+    return tuple(f"{name}." for name in PHASES if not there(name))
 
   def seeds(self, purpose: str, count: int) -> range:
     """`count` environment seeds for a purpose; never those of the evaluation, which lie below 2^24."""
@@ -216,15 +220,14 @@ def check_saved(run: Run, phase: str) -> None:
   """
   if checkpoint.latest(folder := checkpoint_dir(run, phase)) is None:
     return
-  checkpoint.check_config(folder, run.identity(phase), ignore=run.skipped(phase))
-  if phase not in run.config.phases:
-    return
   meta, origin, total = checkpoint.read_meta(folder), predecessor(run, phase), updates_of(run, phase)
   came, words = meta.get("starts_from", origin), lambda name: name or "fresh parameters"
-  if came != origin:
+  runs = phase in run.config.phases
+  if runs and came != origin:
     raise ConfigError(f"{phase} in {run.workdir} started from {words(came)}, and this run would start it from "
                       f"{words(origin)}: continue with the phases of then, or choose another --workdir")
-  if (done := meta["iteration"]) > total:  # of Interaction alone, as the others' numbers are in their identity
+  checkpoint.check_config(folder, run.identity(phase), ignore=run.skipped(phase))
+  if runs and (done := meta["iteration"]) > total:  # of Interaction alone, as the others' numbers are in their identity
     raise ConfigError(f"{phase} in {run.workdir} has {done} iterations behind it, more than the {total} asked for: ask "
                       f"for {done} or more, or choose another --workdir")
 
@@ -320,7 +323,7 @@ def gather(
   seconds = 0.0
   for path in [folder / f"{i:05d}.episodes" for i in range(len(chunks))]:
     if path.exists():  # before any process simulates
-      check_collected(path, dataset.open(path)[1], fields)
+      check_collected(path, dataset.open(path)[1], fields, run.never_run)
       break
   make_collector = lambda bar: run.collector(make_actor(), progress=bar, **options)
   pipeline_together.collect(folder, chunks, make_collector, fields)
@@ -330,7 +333,7 @@ def gather(
       path = folder / f"{i:05d}.episodes"
       if path.exists():
         found, meta = dataset.open(path)
-        check_collected(path, meta, fields)
+        check_collected(path, meta, fields, run.never_run)
         bar.skip(len(found))
       else:
         began = time.monotonic()
@@ -346,11 +349,13 @@ def gather(
   return episodes
 
 
-def check_collected(path: pathlib.Path, meta: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-  """Refuses episodes of another configuration."""
+def check_collected(
+  path: pathlib.Path, meta: Mapping[str, Any], fields: Mapping[str, Any], ignore: tuple[str, ...] = ()
+) -> None:
+  """Refuses episodes of another configuration; `ignore`: beginnings of fields that do not count."""
   if meta.get("digest") == checkpoint.config_digest(fields):
     return
-  if not (lines := checkpoint.config_differences(meta.get("fields", {}), fields, ignore=IDENTITY_SKIPS)):
+  if not (lines := checkpoint.config_differences(meta.get("fields", {}), fields, ignore=(*IDENTITY_SKIPS, *ignore))):
     return
   raise dataset.DatasetError(
     f"{path} was collected with another configuration:\n  " + "\n  ".join(lines[:12]) + "\n"

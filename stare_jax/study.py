@@ -183,8 +183,9 @@ def main(argv: list[str]) -> None:
   if FLAGS.report and not workdir.is_dir():
     fail(f"--workdir={workdir}: there is no such folder to report on; name that of a study that was started")
   if not FLAGS.report:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, runner.stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        signal.signal(number, runner.stop)
     runner.run()
   elif not any(cell.finished() for cell in cells) and any(workdir.glob("*/*/seed*/summary.json")):
     fail(f"{workdir} holds finished runs, but none of this study: give the settings with which it was run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import mmap
+import pathlib
 from types import SimpleNamespace
 
 import jax
@@ -80,6 +81,18 @@ def test_collected_episodes_leave_the_memory_for_their_file(tmp_path):
   for a, b, c in zip(collected, first, second, strict=True):
     np.testing.assert_array_equal(a.images, b.images)
     np.testing.assert_array_equal(a.images, c.images)
+
+
+def test_fields_of_phases_that_never_ran_do_not_bind_what_was_collected():
+  now = {"preference.starts": 4, "task": "toy"}
+  saved = {**now, "imitation.batch": 64}  # as versions before wrote it
+  meta = {"digest": config_digest(saved), "fields": saved}
+  path = pathlib.Path("00000.episodes")
+  pipeline_run.check_collected(path, meta, now, ("imitation.",))
+  with pytest.raises(dataset.DatasetError, match="imitation.batch: 64 there, absent now"):
+    pipeline_run.check_collected(path, meta, now)
+  with pytest.raises(dataset.DatasetError, match="preference.starts: 4 there, 5 now"):
+    pipeline_run.check_collected(path, meta, now | {"preference.starts": 5}, ("imitation.",))
 
 
 def test_imitation_takes_the_batches_of_its_episodes_put_together(monkeypatch, tmp_path):

@@ -112,7 +112,7 @@ def test_a_second_interrupt_ends_the_run_at_once(tmp_path, toy_environment):
   launch = Launch(tmp_path / "run", toy_environment)
   assert launch.wait_for(lambda: "run folder" in launch.log.read_text()), launch.log.read_text()  # nothing looks yet
   launch.process.send_signal(signal.SIGINT)
-  time.sleep(0.2)  # two that wait together would be one
+  assert launch.wait_for(lambda: "Ctrl-C ends the run at once" in launch.log.read_text())
   launch.process.send_signal(signal.SIGINT)
   assert launch.process.wait() == -signal.SIGINT, launch.log.read_text()
 

@@ -39,7 +39,13 @@ def cache_root() -> pathlib.Path:
   root = pathlib.Path(base) / "stare_jax"
   with contextlib.suppress(OSError):
     root.mkdir(parents=True, exist_ok=True)
-  return root if os.access(root, os.W_OK) else pathlib.Path(tempfile.gettempdir()) / f"stare_jax-{os.getuid()}"
+  if os.access(root, os.W_OK):
+    return root
+  root = pathlib.Path(tempfile.gettempdir()) / f"stare_jax-{os.getuid()}"
+  root.mkdir(mode=0o700, exist_ok=True)
+  if root.stat().st_uid != os.getuid():
+    raise PermissionError(f"{root} belongs to another user: set XDG_CACHE_HOME to a folder of yours")
+  return root
 
 
 def panda_folder(ratio: float) -> pathlib.Path:

@@ -74,8 +74,8 @@ class Slots:
 
 def worker_main(pipe_fd: int, memory_fd: int) -> None:
   """The worker process: build the environments, then answer requests until the pipe closes."""
-  for number in (signal.SIGINT, signal.SIGTERM):  # the parent's business, also where a whole job is signalled;
-    signal.signal(number, signal.SIG_IGN)  # we end with the pipe
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's business, also where a whole job is
+    signal.signal(number, signal.SIG_IGN)  # signalled; we end with the pipe
   pipe = connection.Connection(pipe_fd)
   try:
     start = pipe.recv()
