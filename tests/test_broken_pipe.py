@@ -91,7 +91,21 @@ def test_an_error_of_the_others_ends_this_one(monkeypatch, broken, two_processes
   here, there = socket.socketpair()
   there.sendall(json.dumps({"gone": 0, "error": "the disk is full"}).encode() + b"\n")
   with pytest.raises(Ended, match=str(processes.GONE)):
-    processes.Watch()._listen(0, here)
+    processes.Watch()._listen(0, here, here.makefile("rb"))
+
+
+def test_news_that_comes_with_the_greeting_is_heard(monkeypatch, broken, two_processes):
+  """One read may take both off the connection."""
+  monkeypatch.setattr(sys, "stderr", broken)
+  monkeypatch.setattr(processes, "index", lambda: 0)
+  here, there = socket.socketpair()
+  there.sendall(b"token 1\n" + json.dumps({"gone": 1, "error": "the disk is full"}).encode() + b"\n")
+  heard = []
+  watch = processes.Watch()
+  monkeypatch.setattr(watch, "_tell", lambda news, but=-1: heard.append(news))
+  with pytest.raises(Ended, match=str(processes.GONE)):
+    watch._greet(here, "token")
+  assert heard == [{"gone": 1, "error": "the disk is full"}]  # and passed on
 
 
 @pytest.mark.parametrize("flags, status", [([], 2), (["--config=tests/toy_run.py", "--distributed=nowhere"], 2)])

@@ -44,7 +44,7 @@ class World:
     c |= dict(both_failed=False, pairs="stage", pairs_per_start=8, hp=dict(gating=True))
     self.config = ml_collections.ConfigDict(dict(seed=0, phases=("preference",), preference=c | changes))
     self.workdir, self.task, self.kill_at = workdir, tasks.get("pull_cube"), kill_at
-    self.seconds, self.env_steps, self.asked = {}, {}, []
+    self.seconds, self.env_steps, self.asked, self.never_run = {}, {}, [], ()
     self.base = SimpleNamespace(digest="")
     self.actor = lambda *_: None
 
