@@ -19,6 +19,8 @@ from stare_jax import processes, sharding
 def wait(folder: pathlib.Path, sleeper: int) -> None:
   """All but `sleeper` wait for it in an exchange; it would come in five minutes. They end as a run does."""
   processes.barrier("all here")
+  while not processes._watch._peers:  # or its end could come before it is watched
+    time.sleep(0.01)
   (folder / f"waiting-{processes.index()}").touch()
   if processes.index() == sleeper:
     time.sleep(300)

@@ -141,7 +141,7 @@ class Fake(Cell):
 
   def finished(self) -> bool:
     path = self.folder / "summary.json"
-    if path.exists() and (summary := json.loads(path.read_text()))["command"] == self.command[-1]:
+    if path.exists() and not self.busy() and (summary := json.loads(path.read_text()))["command"] == self.command[-1]:
       path.write_text(json.dumps(summary | {"command": shlex.join(self.command)}))
     return super().finished()
 
