@@ -208,7 +208,7 @@ class Base:
     if self._frozen is None:
       return self._shared(policy, read(abstract, axes))
     own = read(train.split(abstract, policy.trainable)[0], axes)
-    return {**own, "base": self._frozen["base"]}
+    return {**own, "base": self._frozen["base"]}  # whose layers may lie apart: another tree than `abstract`
 
   def _adapted(self, policy: policies.Policy, params: Any, key: jax.Array) -> Any:
     return lora.start(adapters(self._config, policy), params, jax.random.fold_in(key, 1))

@@ -18,6 +18,7 @@ from stare_jax.checkpoint import config_digest, save
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline import evaluation_fields
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
+from stare_jax.pipeline_policy import Base
 from stare_jax.pipeline_run import minibatch
 from stare_jax.policies import ActionStats
 from stare_jax.rollout import Start
@@ -94,6 +95,23 @@ def test_fields_of_phases_that_never_ran_do_not_bind_what_was_collected():
     pipeline_run.check_collected(path, meta, now)
   with pytest.raises(dataset.DatasetError, match="preference.starts: 4 there, 5 now"):
     pipeline_run.check_collected(path, meta, now | {"preference.starts": 5}, ("imitation.",))
+
+
+@pytest.mark.parametrize("trainable", [None, lambda path: path.startswith(("lora/", "value/"))])
+def test_resuming_holds_one_state_at_a_time(tmp_path, trainable):
+  """The fresh state would live, beside the one that is read, as long as the phase; frozen parameters are shared."""
+  params = {name: jax.numpy.full(4, i, jax.numpy.float32) for i, name in enumerate(("base", "lora", "value"))}
+  params = {name: {"kernel": x} for name, x in params.items()}
+  tx = train.make_optimizer(learning_rate=1e-3)
+  state = train.new_state(params, tx, trainable=trainable)
+  save(tmp_path, 1, state, {}, config={})
+  config = ml_collections.ConfigDict(dict(policy=dict(checkpoint="", lora=dict(rank=0))))
+  fresh = train.new_state(jax.tree.map(jax.numpy.zeros_like, params), tx, trainable=trainable)
+  read, _ = Base(config).restore(SimpleNamespace(trainable=trainable), tmp_path, fresh)
+  jax.tree.map(np.testing.assert_array_equal, read, state)
+  own, frozen = train.split_state(fresh, trainable)
+  assert all(x.is_deleted() for x in jax.tree.leaves(own))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(frozen)) and bool(jax.tree.leaves(frozen)) == bool(trainable)
 
 
 def test_imitation_takes_the_batches_of_its_episodes_put_together(monkeypatch, tmp_path):

@@ -14,8 +14,8 @@ import pytest
 
 from stare_jax import sims, tasks
 from stare_jax.episode import SIGNAL_SIZE, unpack_signals
+from stare_jax.sims import lite, worker
 from stare_jax.sims import pool as pools
-from stare_jax.sims import worker
 from stare_jax.sims.toy import Toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -431,3 +431,21 @@ def test_an_unknown_actor_is_named():
   task = types.SimpleNamespace(env_id="PullCube-v1", actors=("cubeA", None), camera=None, env_options={})
   with pytest.raises(sims.SimulatorError, match=r"no actor 'cubeA'; it has goal_region, obj"):
     sims.make("maniskill", task=task, num_envs=1, num_workers=1, image_size=32)
+
+
+def test_where_the_home_cannot_be_written_the_cache_is_among_the_temporary_files(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+  assert lite.cache_root() == tmp_path / "mine" / "stare_jax"
+  (tmp_path / "file").write_text("")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  monkeypatch.setattr(lite.tempfile, "gettempdir", lambda: str(tmp_path))
+  assert lite.cache_root().parent == tmp_path and lite.cache_root().is_dir()
+
+
+def test_a_crash_in_native_code_shows_its_stack(tmp_path):
+  """faulthandler ends with one long line of module names."""
+  with (tmp_path / "log").open("w+b") as log:
+    log.write(b'Fatal Python error: Segmentation fault\n  File "scene.py", line 3\n')
+    log.write(b"Extension modules: " + b"scipy, " * 999)
+    said = pools._Worker.output(types.SimpleNamespace(log=log))
+  assert said.endswith('File "scene.py", line 3') and said.startswith("Fatal")
