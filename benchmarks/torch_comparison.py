@@ -4,6 +4,8 @@
   python benchmarks/torch_comparison.py --size 7b                    # a GPU: OpenVLA-7B, random weights, LoRA
   python benchmarks/torch_comparison.py --size 7b --sides jax        # alone on the device: how much memory it takes
   python benchmarks/torch_comparison.py --cases act --act 1 16 --rank 0
+  python benchmarks/torch_comparison.py --size 7b --sides jax --cases ppo --lock FILE &  # compiles beside the next one
+  python benchmarks/torch_comparison.py --size 7b --sides jax --cases act --lock FILE    # and is timed in turn
 
 Both sides run in one process, on the same device, sizes, dtype and data; repetitions alternate. A ratio is PyTorch's
 time over ours of one such pair, so above 1 is faster here; on a CPU also of processor time, which bears a busy machine
@@ -14,15 +16,15 @@ log-probabilities are compared before anything is timed. docs/performance.md say
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import gc
 import json
 import os
 import pathlib
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,18 +65,19 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--sides", default=["torch", "jax"], nargs="*", choices=("torch", "jax"))
   parser.add_argument("--repeats", default=9, type=int)
   parser.add_argument("--threads", default=0, type=int, help="processor cores for either side; 0: all there are")
+  parser.add_argument("--lock", default=os.devnull, help="a file to hold while timing, so that others wait for it")
   parser.add_argument("--options", default="{}", type=json.loads, help="JSON of configuration fields, for our side too")
   return parser.parse_args()
 
 
-def share(threads: int, sides: Sequence[str]) -> int:
+def share(threads: int, alone: bool) -> int:
   """Both sides get the same cores, before either is imported: XLA sizes its pool by the affinity. And the GPU's memory:
-  JAX takes it as it needs it beside PyTorch, and nearly all of it at once where it is alone.
+  JAX takes nearly all of it at once where it is alone, and else as it needs it.
   """
   cores = sorted(os.sched_getaffinity(0))[: threads or None]
   os.sched_setaffinity(0, cores)
   os.environ["OMP_NUM_THREADS"] = str(len(cores))
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if "torch" in sides else "true")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true" if alone else "false")
   if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its other name: JAX takes one of the two
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
   return len(cores)
@@ -142,15 +145,18 @@ def pairs_of(config: Any, rows: int) -> dict[str, np.ndarray]:
 
 
 class Jax:
-  """One method for each thing that is timed; every program is compiled before, its memory read from the compiler."""
+  """One method for each thing that is timed; every program is compiled before, its memory read from the compiler.
 
-  def __init__(self, policy: Any, params: Any, rank: int, micro: int):
+  Weights come with the first call, so that nothing of the device's memory is taken by one that waits for its turn.
+  """
+
+  def __init__(self, policy: Any, weights: Callable[[], Any], shapes: Any, rank: int, micro: int):
     import jax
 
     from stare_jax import train
     from stare_jax.policies import lora
 
-    self.policy, self.params, self.micro, self.state = policy, params, micro, None
+    self.policy, self.weights, self.shapes, self.micro, self.state = policy, weights, shapes, micro, None
     self.rank, self.tx = rank, train.make_optimizer(learning_rate=1e-5, weight_decay=0.0)
     self.lora = lora.make(policy.config, rank=rank) if rank else None
     self.trained_policy = lora.wrap(policy, self.lora) if rank else policy
@@ -170,12 +176,16 @@ class Jax:
     from stare_jax import sharding
 
     keys = jax.random.split(self.key, len(batch["prompt"]))
-    inputs = (self.params, batch["obs"], keys, np.float32(1.0))
+    inputs = (batch["obs"], keys, np.float32(1.0))
     program = jax.jit(self.policy.act, compiler_options=sharding.compiler_options(None, acting=True))
-    compiled = program.lower(*inputs).compile()
-    return lambda: jax.block_until_ready(compiled(*inputs)), needs(compiled)
+    compiled = program.lower(self.shapes, *inputs).compile()
+    return lambda: jax.block_until_ready(compiled(self.params, *inputs)), needs(compiled)
 
-  def start(self) -> Any:
+  @functools.cached_property
+  def params(self) -> Any:
+    return self.weights()
+
+  def start(self, params: Any) -> Any:
     """The state of training: adapters and moments in float32 beside the frozen weights."""
     import jax
 
@@ -183,15 +193,17 @@ class Jax:
     from stare_jax.policies import lora
 
     if not self.rank:
-      return train.new_state(self.params, self.tx)
+      return train.new_state(params, self.tx)
     fresh = jax.jit(functools.partial(lora.init, self.lora))(jax.random.key(1, impl="rbg"))  # which compiles sooner
-    value = jax.tree.map(lambda x: x.astype(np.float32), self.params["value"])
-    params = {"base": {k: x for k, x in self.params.items() if k != "value"}, "lora": fresh, "value": value}
+    value = jax.tree.map(lambda x: x.astype(np.float32), params["value"])
+    params = {"base": {k: x for k, x in params.items() if k != "value"}, "lora": fresh, "value": value}
     own, _ = train.split(params, lora.trainable)
     opt = jax.jit(self.tx.init)(own)
     return train.TrainState(step=jax.numpy.zeros((), jax.numpy.int32), params=params, opt=opt)
 
   def update(self, what: str, batch: dict[str, Any]) -> tuple[Callable[[], Any], int]:
+    import jax
+
     from stare_jax import train
 
     trainable = self.trained_policy.trainable
@@ -203,14 +215,15 @@ class Jax:
       batch = preference_batch(batch)
     else:
       update = train.make_update(functools.partial(getattr(self, what)), self.tx, trainable=trainable)
-    self.state = self.state or self.start()
-    memory = needs(update.lower(self.state, batch).compile())
+    compiled = update.lower(jax.eval_shape(self.start, self.shapes), batch).compile()
 
     def call() -> dict[str, float]:
-      self.state, metrics = update(self.state, batch)
+      own, frozen = train.split_state(self.state or self.start(self.params), trainable)
+      own, metrics = compiled(own, frozen, batch)
+      self.state = train.join_state(own, frozen)
       return train.fetch(metrics, self.state.params, trainable)
 
-    return call, memory
+    return call, needs(compiled)
 
   def token_log_prob(self, params: Any, obs: Any, tokens: Any) -> Any:
     from stare_jax.losses import ops
@@ -317,10 +330,6 @@ class Comparison:
     self.args, self.cores, self.device = args, cores, jax.devices()[0]
     if "torch" in args.sides:
       check_torch(self.device.platform)
-    # A program is compiled to read its memory, and again by the update that runs it.
-    self.compiled = tempfile.TemporaryDirectory()
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", self.compiled.name))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     stats = policies.ActionStats(-np.ones(7), np.ones(7), np.arange(7) < 6)
     options = {**(SMALL if args.size == "small" else {}), **args.options}
     self.policy = policies.make(size="7b", stats=stats, tokenizer=lambda text: [5], **options)
@@ -334,22 +343,29 @@ class Comparison:
       torch.set_num_threads(cores)
       self.torch = Torch(self.config, device="cpu" if self.device.platform == "cpu" else "cuda")
     if "jax" in args.sides:
-      self.jax = Jax(self.policy, self.weights(), args.rank, args.micro)
+      self.jax = self.our_side()
     if args.size == "small" and self.torch and self.jax:
       self.agree()
 
-  def weights(self) -> Any:
-    """The other side's weights where they are small, random ones otherwise; they lie as in a run."""
+  def our_side(self) -> Jax:
+    """With the other side's weights where they are small, random ones otherwise; they lie as in a run."""
     import jax
 
     from stare_jax import sharding
     from stare_jax.policies import layers, openvla, openvla_names
 
     if self.args.size == "small" and self.torch:
-      return jax.device_put(openvla_names.to_params(self.config, self.torch.model.public_state()))
-    params = jax.jit(self.policy.init)(jax.random.key(0, impl="rbg"))  # which compiles sooner
-    frozen = self.args.rank and sharding.one_gpu()
-    return openvla.layers_apart(params, layers.unstack_and_delete) if frozen else params
+      params = jax.device_put(openvla_names.to_params(self.config, self.torch.model.public_state()))
+      shapes = jax.eval_shape(lambda: params)
+      return Jax(self.policy, lambda: params, shapes, self.args.rank, self.args.micro)
+    key = jax.random.key(0, impl="rbg")  # which compiles sooner
+    draw = jax.jit(self.policy.init).lower(key).compile()
+    shapes, weights = jax.eval_shape(self.policy.init, key), functools.partial(draw, key)
+    if self.args.rank and sharding.one_gpu():
+      cut = lambda x: [jax.ShapeDtypeStruct(x.shape[1:], x.dtype)] * len(x)
+      shapes = openvla.layers_apart(shapes, cut)
+      weights = lambda: openvla.layers_apart(draw(key), layers.unstack_and_delete)
+    return Jax(self.policy, weights, shapes, self.args.rank, self.args.micro)
 
   def agree(self) -> None:
     """The two are one network, or nothing is timed."""
@@ -370,7 +386,10 @@ class Comparison:
     """One JSON line: seconds, rows per second, ratio, MFU and memory."""
     peak = next((x for name, x in PEAK_TFLOPS.items() if name in self.device.device_kind), None)
     line = {"benchmark": f"torch_comparison/{what}", "size": self.args.size, "rows": rows, **more}
-    measured, lost_now = attempt(lambda: alternate({k: call for k, (call, _) in prepared.items()}, self.args.repeats))
+    with open(self.args.lock, "a") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      calls = {name: call for name, (call, _) in prepared.items()}
+      measured, lost_now = attempt(lambda: alternate(calls, self.args.repeats))
     if not lost_now:
       measured, lost = {}, [*lost, "both at once"]
     for name, seconds in measured.items():
@@ -444,7 +463,7 @@ def synchronised(side: Any, call: Callable[[], Any]) -> Callable[[], None]:
 
 def main() -> None:
   args = arguments()
-  cores = share(args.threads, args.sides)
+  cores = share(args.threads, alone=args.sides == ["jax"] and args.lock == os.devnull)
   from stare_jax import processes  # which imports JAX
 
   processes.keep_memory()  # as a run does; for both sides

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import types
 
 import numpy as np
@@ -51,7 +52,7 @@ class Side:
 
 def test_each_case_says_whether_it_was_recomputed(capsys):
   comparison = object.__new__(torch_comparison.Comparison)
-  comparison.args = argparse.Namespace(size="small", rank=0, repeats=1)
+  comparison.args = argparse.Namespace(size="small", rank=0, repeats=1, lock=os.devnull)
   comparison.cores, comparison.config, comparison.jax, comparison.torch = 1, small_config(), None, Side()
   comparison.device = types.SimpleNamespace(platform="cpu", device_kind="cpu")
   for rows in (8, 16, 8):
