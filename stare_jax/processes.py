@@ -61,6 +61,17 @@ def keep_memory() -> None:
     adjust(-1, -1)  # M_TRIM_THRESHOLD: and never given back
 
 
+def keep_programs(folder: str | os.PathLike) -> None:
+  """Compiled programs lie in `folder` for the launch that goes on from this one: call it before any is compiled.
+
+  That launch then waits for no compiler, minutes at 7B, and computes with the very same programs: a GPU's compiler
+  times what is fastest, and may choose anew. Nothing to do on a CPU, which compiles in seconds; where JAX keeps them
+  elsewhere (JAX_COMPILATION_CACHE_DIR); or with several processes, which tune their programs together or not at all.
+  """
+  if count() == 1 and jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
+
+
 # Who takes part ---------------------------------------------------------------------------------------------
 
 

@@ -293,6 +293,30 @@ def test_flags_of_several_processes(given, expected):
   assert (said == "") if not expected else expected in said
 
 
+def test_compiled_programs_are_kept_for_the_next_launch(tmp_path, user_environment):
+  """On an accelerator (here a CPU by another name), and where the user names no other place."""
+  code = """
+import sys, jax
+from stare_jax import processes
+jax.default_backend = lambda: sys.argv[2]
+processes.keep_programs(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x @ x.T + 1)(jax.numpy.ones((8, 8))).block_until_ready()
+"""
+
+  def kept(folder, backend, **more):
+    own = {name: value for name, value in user_environment.items() if not name.startswith("JAX_")}
+    env = own | {"JAX_PLATFORMS": "cpu"} | more
+    subprocess.run([sys.executable, "-c", code, tmp_path / folder, backend], cwd=toy_run.ROOT, env=env, check=True)
+    return sorted(path.name for path in (tmp_path / folder).glob("jit_*-cache"))
+
+  first = kept("run", "gpu")
+  assert any("lambda" in name for name in first)
+  assert kept("run", "gpu") == first
+  assert kept("cpu", "cpu") == kept("elsewhere", "gpu", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "other")) == []
+  assert list((tmp_path / "other").glob("jit_*"))
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_stays_with_the_process():
   """What a thread allocates a second time costs no page fault."""

@@ -28,9 +28,11 @@ _GRASP_FORCE = 0.5  # newtons per finger, and
 _GRASP_ANGLE = 85.0  # degrees from the finger's opening direction: ManiSkill's definition of a grasp
 _NO_DEVICE = (
   "No usable Vulkan device: SAPIEN found none with VK_KHR_external_memory_fd.\n"
-  "Run launch/setup.sh, or install Mesa's software renderer, version 24.3 or newer, by hand. On Debian 12:\n"
+  "Run launch/setup.sh. By hand, with a GPU: its driver with the graphics libraries (in a container\n"
+  "NVIDIA_DRIVER_CAPABILITIES=all), libvulkan1 and libegl1. Without one: Mesa's software renderer, version 24.3 or\n"
+  "newer; on Debian 12, whose own is 22.3, with\n"
   "  apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1\n"
-  "(Debian 12 itself has 22.3, which is too old.) `vulkaninfo --summary` should then list llvmpipe."
+  "`vulkaninfo --summary` should then list the GPU, or llvmpipe."
 )
 _COMMON = dict(num_envs=1, sim_backend="physx_cpu", render_mode=None, reward_mode="none")
 # A task names its scene in env_options: how the robot, the camera and the start of an episode are found.
