@@ -220,6 +220,18 @@ class Base:
     return params
 
 
+def for_acting_alone(params: Any, mesh: Mesh) -> Any:
+  """Parameters that nothing but `act` will see: on one GPU with a decoder's layers apart, which every call would copy.
+
+  The stacks that they lay in are deleted.
+  """
+  if not sharding.one_gpu(mesh):
+    return params
+  if "base" in params:
+    return {**params, "base": openvla.layers_apart(params["base"], nn.unstack_and_delete)}
+  return openvla.layers_apart(params, nn.unstack_and_delete)
+
+
 def _given_up(tree: Any) -> Any:
   """Shapes, types and places of arrays, whose memory is free from here on."""
   kept = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -17,6 +17,7 @@ import numpy as np
 
 from stare_jax import evaluate, pipeline, processes, report_suites, suites
 from stare_jax.pipeline_check import check, chosen_suites
+from stare_jax.pipeline_policy import for_acting_alone
 from stare_jax.pipeline_run import Run, starting_folder, starting_params
 
 log = logging.getLogger("stare_jax")
@@ -44,6 +45,7 @@ def run(
   try:
     params = starting_params(this, PHASE)
     about["params_sha256"] = this.base.sha256(this.policy, params)
+    params = for_acting_alone(params, this.mesh)
     actor = this.actor(params, "evaluation", about["temperature"])
     for suite, why in [(suite, why or too_long(this, suite)) for suite, why in wanted]:
       if why:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from stare_jax import policies, sharding
+from stare_jax import pipeline_policy, policies, sharding
 from stare_jax.policies import layers as nn
 from stare_jax.policies import lora, openvla
 from tests import inspecting
@@ -94,6 +94,22 @@ def test_frozen_layers_that_lie_apart_act_and_learn_as_their_stack(monkeypatch):
   found = acted(apart), policy.value(apart, obs), learnt(own, base)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
   assert jax.tree.structure(found[2]) == jax.tree.structure(own)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_evaluation_alone_takes_the_layers_apart_once(adapted, monkeypatch):
+  policy, params, *_ = nano()
+  policy, params = with_adapters(policy, params) if adapted else (policy, params)
+  params = jax.tree.map(jnp.copy, params)
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  assert pipeline_policy.for_acting_alone(params, mesh) is params
+  inputs = some_obs(policy), jax.random.split(jax.random.key(3), 3), jnp.float32(1.0)
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
+  expected = jax.jit(policy.act)(params, *inputs)
+  stacks = jax.tree.leaves(params.get("base", params)["llm"]["layers"])
+  program = jax.jit(policy.act).lower(apart := pipeline_policy.for_acting_alone(params, mesh), *inputs)
+  assert all(x.is_deleted() for x in stacks)
+  jax.tree.map(np.testing.assert_array_equal, program.compile()(apart, *inputs), expected)
 
 
 def gradient_program(**options):
