@@ -19,6 +19,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from stare_jax.config_command import fail, parse
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/ipi.py:openvla_7b.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "Chips, such as v5e:16x16, v5p:2x4x4, v6e:8x8, v4:2x2x4, h100:2x8.")
 DEVICES = flags.DEFINE_string("devices", "", "GPUs, such as 8xH100, 1xH200, 8xA100.")
@@ -65,10 +67,5 @@ def main(argv: list[str]) -> None:
     fail(f"{type(error).__name__}: {error}")
 
 
-def fail(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
-  sys.exit(2)
-
-
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse)

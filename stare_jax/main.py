@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import difflib
 import errno
 import fcntl
 import hashlib
@@ -38,6 +37,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from stare_jax.config import STOPPED, ConfigError
+from stare_jax.config_command import fail, parse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/ipi.py.", lock_config=True)
 log = logging.getLogger("stare_jax")
@@ -222,12 +222,6 @@ def give_up(error: Exception) -> NoReturn:
   fail(describe(error))
 
 
-def fail(message: str) -> NoReturn:
-  with contextlib.suppress(OSError):
-    print(message, file=sys.stderr, flush=True)
-  sys.exit(2)
-
-
 def drop_what_nobody_reads() -> None:
   """What a closed pipe did not take would fail again at the interpreter's end, and make of any status a 120."""
   for stream in (sys.stdout, sys.stderr):
@@ -237,54 +231,5 @@ def drop_what_nobody_reads() -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, where a mistake is one message instead of a traceback."""
-  if mistake := wrong_fields(argv):
-    fail(mistake)
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    # ml_collections puts the whole traceback of a config file into its message; what was raised is the last line.
-    text = str(error).strip()
-    text = text.splitlines()[-1] if "Traceback" in text else text
-    fail(unknown_field(argv) or f"{text}\nFor the flags: python -m stare_jax.main --help")
-
-
-def wrong_fields(argv: list[str]) -> str:
-  """Fields that a flag would set without what belongs to them, or twice; empty if there are none."""
-  named = [item.lstrip("-").partition("=")[0] for item in argv[1:] if item.startswith("-")]
-  fields = [name for name in named if name.startswith("config.")]
-  for field in ("preset", "method"):
-    if f"config.{field}" in fields:
-      return (f"--config.{field} would change the name alone, and not what the {field} sets: write it behind the "
-              f"config file, as in --config=configs/ipi.py:smoke,method=sta_ppo")
-  for name in fields:
-    if fields.count(name) > 1:
-      return f"--{name} is given {fields.count(name)} times: give it once"
-  return ""
-
-
-def unknown_field(argv: list[str]) -> str:
-  """What to write instead of a --config.<field> that the configuration does not have; empty if all of them exist."""
-  known: list[str] = []
-
-  def walk(prefix: str, node: Any) -> None:
-    for key, value in node.items():
-      known.append(f"{prefix}{key}")
-      if hasattr(value, "items"):
-        walk(f"{prefix}{key}.", value)
-
-  path = next((item.partition("=")[2] for item in argv if item.lstrip("-").startswith("config=")), "")
-  if path:
-    with contextlib.suppress(Exception):  # a file that cannot be read is another mistake than the one looked for
-      walk("", flags.FLAGS["config"].parser.parse(path))
-  for item in argv if known else ():
-    field = item.lstrip("-").partition("=")[0].removeprefix("config.")
-    if item.lstrip("-").startswith("config.") and field.partition("[")[0] not in known:
-      near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
-      return f"unknown field --config.{field}; did you mean --config.{near}? The config file lists all of them"
-  return ""
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=parse)

@@ -31,6 +31,7 @@ from ml_collections import config_flags
 
 from stare_jax import report_progress, study_cells, study_report
 from stare_jax.config import STOPPED, ConfigError
+from stare_jax.config_command import fail, parse
 from stare_jax.study_cells import Cell
 
 FLAGS = flags.FLAGS
@@ -198,11 +199,6 @@ def main(argv: list[str]) -> None:
   sys.exit(STOPPED if runner.stopping else 1 if runner.failed else 0)
 
 
-def fail(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
-  sys.exit(2)
-
-
 def define_flags() -> None:
   """Not when this is imported: `stare_jax.main` has flags of the same names."""
   config_flags.DEFINE_config_file("config", None, "The study, such as configs/study.py.", lock_config=True)
@@ -214,4 +210,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=parse)

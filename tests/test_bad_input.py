@@ -67,6 +67,17 @@ def test_a_typo_is_answered_before_anything_heavy_is_loaded(tmp_path, user_envir
   assert not workdir.exists()
 
 
+@pytest.mark.parametrize("program, config", [("study", "configs/study.py"), ("compile", "configs/ipi.py")])
+def test_every_program_with_a_configuration_answers_alike(program, config, user_environment):
+  command = [sys.executable, "-m", f"stare_jax.{program}"]
+  for flags, words in (
+    ([f"--config={config}", "--config.phasses=()"], "did you mean --config."),
+    (["--cnfig=x"], f"Did you mean: config ?\nFor the flags: python -m stare_jax.{program} --help"),
+  ):
+    done = subprocess.run([*command, *flags], cwd=toy_run.ROOT, env=user_environment, capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_mistake_found_later_is_one_message_too(tmp_path, toy_environment):
   done = toy_run.launch(tmp_path / "run", toy_environment, "--config.phases=('preference',)")
   assert done.returncode == 2, done.stdout + done.stderr

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "losses", "policies", "tasks", "sims", "rollout", "stages", "batching", "dataset", "train", "sharding",
     "checkpoint", "evaluate", "report", "config", "episode", "processes", "suites",
   ),
-  "compile": ("pipeline", "policies", "rollout", "roofline", "sharding", "train"),
+  "compile": ("config", "pipeline", "policies", "rollout", "roofline", "sharding", "train"),
   "roofline": ("sharding",),
   "evaluate": ("rollout", "episode"),
   "rollout": ("episode", "sharding"),

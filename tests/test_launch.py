@@ -24,7 +24,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 def understood(arguments: list[str]) -> dict:
   """The front door's flags after parsing, in a process of their own as absl's flags are global."""
-  code = ("import json, sys\nfrom absl import flags\nfrom stare_jax import main\nmain.parse_flags(sys.argv)\n"
+  code = ("import json, sys\nfrom stare_jax import main\nmain.parse(sys.argv)\n"
           "print(json.dumps([main.DISTRIBUTED.value, main.NUM_PROCESSES.value, main.PROCESS_ID.value,\n"
           "main.WORKDIR.value, main.CONFIG.value.preset, main.CONFIG.value.seed,\n"
           "main.wrong_processes(main.DISTRIBUTED.value, main.NUM_PROCESSES.value, main.PROCESS_ID.value)]))")

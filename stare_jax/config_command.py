@@ -1,0 +1,73 @@
+"""The command line of every program that takes --config: a mistake in it is one message, and no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from typing import Any, NoReturn
+
+from absl import flags
+
+
+def fail(message: str) -> NoReturn:
+  """Status 2 is a mistake in the input."""
+  with contextlib.suppress(OSError):
+    print(message, file=sys.stderr, flush=True)
+  sys.exit(2)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """For `absl.app.run`: what of the arguments is no flag."""
+  if mistake := wrong_fields(argv):
+    fail(mistake)
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # ml_collections puts the whole traceback of a config file into its message; what was raised is the last line.
+    text = str(error).strip()
+    text = text.splitlines()[-1] if "Traceback" in text else text
+    program = sys.modules["__main__"].__spec__
+    fail(unknown_field(argv) or f"{text}\nFor the flags: python -m {program.name if program else argv[0]} --help")
+
+
+def wrong_fields(argv: list[str]) -> str:
+  """Fields that a flag would set without what belongs to them, or twice; empty if there are none."""
+  named = [item.lstrip("-").partition("=")[0] for item in argv[1:] if item.startswith("-")]
+  fields = [name for name in named if name.startswith("config.")]
+  for field in ("preset", "method"):
+    if f"config.{field}" in fields and field in known_fields(argv):
+      return (f"--config.{field} would change the name alone, and not what the {field} sets: write it behind the "
+              f"config file, as in --config=configs/ipi.py:smoke,method=sta_ppo")
+  for name in fields:
+    if fields.count(name) > 1:
+      return f"--{name} is given {fields.count(name)} times: give it once"
+  return ""
+
+
+def known_fields(argv: list[str]) -> list[str]:
+  """The dotted fields of the configuration that --config names; none where it cannot be read."""
+  known: list[str] = []
+
+  def walk(prefix: str, node: Any) -> None:
+    for key, value in node.items():
+      known.append(f"{prefix}{key}")
+      if hasattr(value, "items"):
+        walk(f"{prefix}{key}.", value)
+
+  path = next((item.partition("=")[2] for item in argv if item.lstrip("-").startswith("config=")), "")
+  if path:
+    with contextlib.suppress(Exception):  # a file that cannot be read is another mistake than the one looked for
+      walk("", flags.FLAGS["config"].parser.parse(path))
+  return known
+
+
+def unknown_field(argv: list[str]) -> str:
+  """What to write instead of a --config.<field> that the configuration does not have; empty if all of them exist."""
+  known = known_fields(argv)
+  for item in argv if known else ():
+    field = item.lstrip("-").partition("=")[0].removeprefix("config.")
+    if item.lstrip("-").startswith("config.") and field.partition("[")[0] not in known:
+      near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
+      return f"unknown field --config.{field}; did you mean --config.{near}? The config file lists all of them"
+  return ""
