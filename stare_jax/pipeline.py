@@ -263,12 +263,12 @@ def open_folder(run: Run) -> None:
         run.seconds[name], run.env_steps[name] = seconds, steps
     path = run.workdir / "evaluations" / f"{phase}.json"
     if phase not in run.config.phases and path.exists():  # the others' are looked at anew
-      run.results[phase] = json.loads(path.read_text())
+      run.results[phase] = report.read_json(path)
   if run.config.init_from:
     read_statistics(pathlib.Path(run.config.init_from))
   summary = run.workdir / "summary.json"
   if summary.exists():
-    earlier = json.loads(summary.read_text())
+    earlier = report.read_json(summary)
     run.earlier_events, run.earlier_simulator = earlier.get("simulator_events", []), earlier.get("simulator", {})
     for name in earlier.get("env_steps", {}):  # rollouts of a checkpoint that does not say them
       run.env_steps.setdefault(name, earlier["env_steps"][name])

@@ -10,7 +10,6 @@ same. For an update, a process puts its own rows of the batch on its devices (`R
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import time
@@ -239,6 +238,6 @@ def logger(workdir: pathlib.Path, *, resume: tuple[str, int], keep: Sequence[str
 
 def evaluated(path: pathlib.Path, digest: str) -> dict | None:
   """The evaluation at `path`, if it is of this digest; what the first process finds counts for all."""
-  found = json.loads(path.read_text()) if processes.first() and path.exists() else {}
+  found = report.read_json(path) if processes.first() and path.exists() else {}
   found = processes.agreed(found)
   return found if found.get("digest") == digest else None

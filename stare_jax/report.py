@@ -60,6 +60,15 @@ def write_json(path: PathLike, value: Any) -> pathlib.Path:
   return write_atomically(pathlib.Path(path), text.encode())
 
 
+def read_json(path: PathLike) -> Any:
+  """What `write_json` wrote. Raises: ValueError, with the path, where that is no longer in it."""
+  try:
+    return json.loads(pathlib.Path(path).read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON file any more ({error}): restore it, or delete it, and the same command makes "
+                     f"it again") from error
+
+
 def write_atomically(path: pathlib.Path, data: bytes) -> pathlib.Path:
   """A file that is whole or not there, whoever reads or kills; its folder is made."""
   path.parent.mkdir(parents=True, exist_ok=True)

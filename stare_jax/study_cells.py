@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import fcntl
 import functools
-import json
 import os
 import pathlib
 import shlex
@@ -66,7 +65,7 @@ class Cell:
     path, phase = self.folder / "summary.json", self.phases[-1]
     if not path.exists() or self.busy():
       return False
-    summary = json.loads(path.read_text())
+    summary = report.read_json(path)
     rows = [row["step"] for row in report.read_metrics(self.folder / "metrics.jsonl") if row["phase"] == phase]
     whole = bool(rows) and rows[-1] == self.total
     return whole and phase in summary["phases"] and said(shlex.split(summary["command"])) == said(self.command)
@@ -91,13 +90,13 @@ class Cell:
     return self.steps_of("preference rollouts", "interaction")
 
   def steps_of(self, *names: str) -> int:
-    steps = json.loads((self.folder / "summary.json").read_text())["env_steps"]
+    steps = report.read_json(self.folder / "summary.json")["env_steps"]
     return sum(steps.get(name, 0) for name in names)
 
   def evaluation(self) -> dict | None:
     """evaluations/<the last phase>.json, if it is there."""
     path = self.folder / "evaluations" / f"{self.phases[-1]}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return report.read_json(path) if path.exists() else None
 
   def result(self) -> str:
     success = (self.evaluation() or {})["success_once"]

@@ -144,6 +144,14 @@ def test_tensorboard_has_one_run_per_phase_and_purges_on_resume(tmp_path):
   assert len(list((tmp_path / "tensorboard" / "imitation").iterdir())) == 1
 
 
+def test_json_that_was_cut_short_is_named(tmp_path):
+  path = report.write_json(tmp_path / "summary.json", {"a": [1, 2]})
+  assert report.read_json(path) == {"a": [1, 2]}
+  path.write_text(path.read_text()[:9])
+  with pytest.raises(ValueError, match=r"summary\.json is no JSON file any more .*delete it"):
+    report.read_json(path)
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
   path = report.write_summary(tmp_path, {"x": np.float32(0.5), "y": float("inf"), "z": (1, np.arange(2))})
   assert json.loads(path.read_text()) == {"x": 0.5, "y": None, "z": [1, [0, 1]]}
