@@ -16,6 +16,7 @@ log-probabilities are compared before anything is timed. docs/performance.md say
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import gc
@@ -65,7 +66,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--sides", default=["torch", "jax"], nargs="*", choices=("torch", "jax"))
   parser.add_argument("--repeats", default=9, type=int)
   parser.add_argument("--threads", default=0, type=int, help="processor cores for either side; 0: all there are")
-  parser.add_argument("--lock", default=os.devnull, help="a file to hold while timing, so that others wait for it")
+  parser.add_argument("--lock", default="", help="a file: timing waits for all that name it, also while they compile")
   parser.add_argument("--options", default="{}", type=json.loads, help="JSON of configuration fields, for our side too")
   return parser.parse_args()
 
@@ -319,6 +320,24 @@ def check_torch(platform: str) -> None:
     )
 
 
+class Turn(contextlib.AbstractContextManager):
+  """Shared with all that have the file open until it is entered, as they compile; inside, nobody else runs anything."""
+
+  def __init__(self, path: str):
+    self.file = open(path, "a") if path else None
+    self.take(fcntl.LOCK_SH)
+
+  def take(self, how: int) -> None:
+    if self.file is not None:
+      fcntl.flock(self.file, how)
+
+  def __enter__(self) -> None:
+    self.take(fcntl.LOCK_EX)
+
+  def __exit__(self, *_: object) -> None:
+    self.take(fcntl.LOCK_SH)
+
+
 class Comparison:
   """Both sides, and the line that each case prints."""
 
@@ -327,7 +346,7 @@ class Comparison:
 
     from stare_jax import policies
 
-    self.args, self.cores, self.device = args, cores, jax.devices()[0]
+    self.args, self.cores, self.device, self.turn = args, cores, jax.devices()[0], Turn(args.lock)
     if "torch" in args.sides:
       check_torch(self.device.platform)
     stats = policies.ActionStats(-np.ones(7), np.ones(7), np.arange(7) < 6)
@@ -386,9 +405,8 @@ class Comparison:
     """One JSON line: seconds, rows per second, ratio, MFU and memory."""
     peak = next((x for name, x in PEAK_TFLOPS.items() if name in self.device.device_kind), None)
     line = {"benchmark": f"torch_comparison/{what}", "size": self.args.size, "rows": rows, **more}
-    with open(self.args.lock, "a") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)
-      calls = {name: call for name, (call, _) in prepared.items()}
+    calls = {name: call for name, (call, _) in prepared.items()}
+    with self.turn:
       measured, lost_now = attempt(lambda: alternate(calls, self.args.repeats))
     if not lost_now:
       measured, lost = {}, [*lost, "both at once"]
@@ -463,7 +481,7 @@ def synchronised(side: Any, call: Callable[[], Any]) -> Callable[[], None]:
 
 def main() -> None:
   args = arguments()
-  cores = share(args.threads, alone=args.sides == ["jax"] and args.lock == os.devnull)
+  cores = share(args.threads, alone=args.sides == ["jax"] and not args.lock)
   from stare_jax import processes  # which imports JAX
 
   processes.keep_memory()  # as a run does; for both sides

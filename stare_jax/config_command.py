@@ -11,14 +11,14 @@ from absl import flags
 
 
 def fail(message: str) -> NoReturn:
-  """Status 2 is a mistake in the input."""
+  """Prints the message to standard error and exits with status 2, a mistake in the input."""
   with contextlib.suppress(OSError):
     print(message, file=sys.stderr, flush=True)
   sys.exit(2)
 
 
 def parse(argv: list[str]) -> list[str]:
-  """For `absl.app.run`: what of the arguments is no flag."""
+  """For `absl.app.run`: sets all flags and returns the arguments that are none; ends the program where it cannot."""
   if mistake := wrong_fields(argv):
     fail(mistake)
   try:
@@ -28,7 +28,8 @@ def parse(argv: list[str]) -> list[str]:
     text = str(error).strip()
     text = text.splitlines()[-1] if "Traceback" in text else text
     program = sys.modules["__main__"].__spec__
-    fail(unknown_field(argv) or f"{text}\nFor the flags: python -m {program.name if program else argv[0]} --help")
+    command = f"python -m {program.name}" if program else f"python {argv[0]}"
+    fail(unknown_field(argv) or f"{text}\nFor the flags: {command} --help")
 
 
 def wrong_fields(argv: list[str]) -> str:
@@ -36,7 +37,7 @@ def wrong_fields(argv: list[str]) -> str:
   named = [item.lstrip("-").partition("=")[0] for item in argv[1:] if item.startswith("-")]
   fields = [name for name in named if name.startswith("config.")]
   for field in ("preset", "method"):
-    if f"config.{field}" in fields and field in known_fields(argv):
+    if f"config.{field}" in fields and {"preset", "method"} <= set(known_fields(argv)):  # a study's preset is a setting
       return (f"--config.{field} would change the name alone, and not what the {field} sets: write it behind the "
               f"config file, as in --config=configs/ipi.py:smoke,method=sta_ppo")
   for name in fields:
@@ -55,7 +56,12 @@ def known_fields(argv: list[str]) -> list[str]:
       if hasattr(value, "items"):
         walk(f"{prefix}{key}.", value)
 
-  path = next((item.partition("=")[2] for item in argv if item.lstrip("-").startswith("config=")), "")
+  path = ""
+  for item, following in zip(argv, [*argv[1:], ""]):
+    if item.lstrip("-").startswith("config="):
+      path = item.partition("=")[2]
+    elif item in ("-config", "--config"):
+      path = following
   if path:
     with contextlib.suppress(Exception):  # a file that cannot be read is another mistake than the one looked for
       walk("", flags.FLAGS["config"].parser.parse(path))

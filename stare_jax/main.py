@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int | None:
       atexit.register(hold(workdir, processes.PATIENCE if processes.count() > 1 else 0.0).close)
     except (ValueError, OSError) as error:
       give_up(error)
-  processes.keep_programs(pathlib.Path(workdir, "programs"))
+  processes.keep_compilation_cache(pathlib.Path(workdir, "compilation_cache"))
   log.info("run folder: %s", workdir)
   errors = pathlib.Path(workdir, "error.log" if processes.first() else f"error-{processes.index()}.log")
   job = pipeline_suites if "suites" in config else pipeline

@@ -220,12 +220,12 @@ class Base:
     return params
 
 
-def for_acting_alone(params: Any, mesh: Mesh) -> Any:
-  """Parameters that nothing but `act` will see: on one GPU with a decoder's layers apart, which every call would copy.
+def for_acting_alone(policy: policies.Policy, params: Any, mesh: Mesh) -> Any:
+  """Parameters that nothing but `act` will see: on one GPU with the decoder's layers apart, as else every call copies.
 
-  The stacks that they lay in are deleted.
+  The stacks that they lay in are deleted. `faithful` decoding keeps its stacks.
   """
-  if not sharding.one_gpu(mesh):
+  if not sharding.one_gpu(mesh) or policy.config.faithful:
     return params
   if "base" in params:
     return {**params, "base": openvla.layers_apart(params["base"], nn.unstack_and_delete)}

@@ -45,7 +45,7 @@ def run(
   try:
     params = starting_params(this, PHASE)
     about["params_sha256"] = this.base.sha256(this.policy, params)
-    params = for_acting_alone(params, this.mesh)
+    params = for_acting_alone(this.policy, params, this.mesh)
     actor = this.actor(params, "evaluation", about["temperature"])
     for suite, why in [(suite, why or too_long(this, suite)) for suite, why in wanted]:
       if why:

@@ -61,15 +61,16 @@ def keep_memory() -> None:
     adjust(-1, -1)  # M_TRIM_THRESHOLD: and never given back
 
 
-def keep_programs(folder: str | os.PathLike) -> None:
+def keep_compilation_cache(folder: str | os.PathLike) -> None:
   """Compiled programs lie in `folder` for the launch that goes on from this one: call it before any is compiled.
 
   That launch then waits for no compiler, minutes at 7B, and computes with the very same programs: a GPU's compiler
-  times what is fastest, and may choose anew. Nothing to do on a CPU, which compiles in seconds; where JAX keeps them
-  elsewhere (JAX_COMPILATION_CACHE_DIR); or with several processes, which tune their programs together or not at all.
+  times what is fastest, and may choose anew. Nothing to do on a CPU, which compiles in seconds; where the user says
+  something else (JAX_COMPILATION_CACHE_DIR); or with several processes, which tune programs together or not at all.
   """
   if count() == 1 and jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # which would tie an entry to the folder's name
 
 
 # Who takes part ---------------------------------------------------------------------------------------------

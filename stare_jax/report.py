@@ -65,8 +65,8 @@ def read_json(path: PathLike) -> Any:
   try:
     return json.loads(pathlib.Path(path).read_text())
   except ValueError as error:
-    raise ValueError(f"{path} is no JSON file any more ({error}): restore it, or delete it, and the same command makes "
-                     f"it again") from error
+    raise ValueError(f"{path} is no JSON file any more ({error}): restore it; if it is deleted, what it said is "
+                     f"lost, and the same command goes on without") from error
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> pathlib.Path:

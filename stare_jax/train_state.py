@@ -43,6 +43,7 @@ class TrainState:
 def split(tree: Any, trainable: Trainable | None) -> tuple[Any, Any]:
   """(trained, frozen): the same tree twice, with None for the leaves of the other part.
 
+    trainable: asked once for each tree of the same structure; None: everything is trained.
   Raises: ValueError if nothing would be trained.
   """
   leaves, structure = jax.tree.flatten(tree)

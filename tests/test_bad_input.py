@@ -46,6 +46,12 @@ TYPOS = {
   "choice": (["--config=configs/ipi.py:smoke", "--config.interaction.critic=stat"], ('"stat"', 'did you mean "state"')),
   "critic": (["--config=configs/ipi.py:smoke", "--config.interaction.critic_hp.epochs=0"], ("critic_hp", "at least 1")),
   "method": (["--config=configs/ipi.py:smoke", "--config.method=sta_ppo"], ("--config.method", "smoke,method=sta_ppo")),
+  "method, and a file behind a blank": (
+    ["--config", "configs/ipi.py:smoke", "--config.method=sta_ppo"], ("--config.method", "smoke,method=sta_ppo")
+  ),
+  "field, and a file behind a blank": (
+    ["--config", "configs/ipi.py:smoke", "--config.sed=1"], ("did you mean --config.seed?",)
+  ),
   "twice": (
     ["--config=configs/ipi.py:smoke", "--config.seed=1", "--config.seed=2"], ("--config.seed is given 2 times",)
   ),

@@ -293,28 +293,35 @@ def test_flags_of_several_processes(given, expected):
   assert (said == "") if not expected else expected in said
 
 
+def cached(folder, user_environment, code, *arguments, **more):
+  """The programs in a compilation cache after a process whose CPU goes by the name of a GPU."""
+  own = {name: value for name, value in user_environment.items() if not name.startswith("JAX_")}
+  env = own | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | more
+  code = f"import sys, runpy, jax\njax.default_backend = lambda: 'gpu'\n{code}"
+  done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=toy_run.ROOT, env=env, capture_output=True)
+  assert done.returncode == 0, done.stderr.decode()
+  return sorted(path.name for path in folder.glob("jit_*-cache"))
+
+
 def test_compiled_programs_are_kept_for_the_next_launch(tmp_path, user_environment):
-  """On an accelerator (here a CPU by another name), and where the user names no other place."""
-  code = """
-import sys, jax
-from stare_jax import processes
-jax.default_backend = lambda: sys.argv[2]
-processes.keep_programs(sys.argv[1])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.jit(lambda x: x @ x.T + 1)(jax.numpy.ones((8, 8))).block_until_ready()
-"""
-
-  def kept(folder, backend, **more):
-    own = {name: value for name, value in user_environment.items() if not name.startswith("JAX_")}
-    env = own | {"JAX_PLATFORMS": "cpu"} | more
-    subprocess.run([sys.executable, "-c", code, tmp_path / folder, backend], cwd=toy_run.ROOT, env=env, check=True)
-    return sorted(path.name for path in (tmp_path / folder).glob("jit_*-cache"))
-
-  first = kept("run", "gpu")
+  """Wherever the folder lies then; but not where the user names another one, and not on a CPU."""
+  keep = "from stare_jax import processes\nprocesses.keep_compilation_cache(sys.argv[1])"
+  compute = "jax.jit(lambda x: x @ x.T + 1)(jax.numpy.ones((8, 8))).block_until_ready()"
+  one, moved, other = (tmp_path / name for name in ("one", "moved", "other"))
+  first = cached(one, user_environment, f"{keep}\n{compute}", str(one))
   assert any("lambda" in name for name in first)
-  assert kept("run", "gpu") == first
-  assert kept("cpu", "cpu") == kept("elsewhere", "gpu", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "other")) == []
-  assert list((tmp_path / "other").glob("jit_*"))
+  one.rename(moved)
+  assert cached(moved, user_environment, f"{keep}\n{compute}", str(moved)) == first
+  assert not cached(one, user_environment, f"jax.default_backend = lambda: 'cpu'\n{keep}\n{compute}", str(one))
+  assert not cached(one, user_environment, f"{keep}\n{compute}", str(one), JAX_COMPILATION_CACHE_DIR=str(other))
+  assert list(other.glob("jit_*"))
+
+
+def test_a_run_keeps_its_programs(tmp_path, user_environment):
+  run = "runpy.run_module('stare_jax.main', run_name='__main__', alter_sys=True)"
+  flags = ["--config=tests/toy_run.py", f"--workdir={tmp_path}", "--config.phases=('imitation',)"]
+  found = cached(tmp_path / "compilation_cache", user_environment, run, *flags)
+  assert {name.rpartition("-")[0].rpartition("-")[0] for name in found} >= {"jit_counted", "jit_act"}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

@@ -148,7 +148,7 @@ def test_json_that_was_cut_short_is_named(tmp_path):
   path = report.write_json(tmp_path / "summary.json", {"a": [1, 2]})
   assert report.read_json(path) == {"a": [1, 2]}
   path.write_text(path.read_text()[:9])
-  with pytest.raises(ValueError, match=r"summary\.json is no JSON file any more .*delete it"):
+  with pytest.raises(ValueError, match=r"summary\.json is no JSON file any more .*restore it"):
     report.read_json(path)
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
-import os
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import torch_comparison
-from stare_jax import policies
+from stare_jax import policies, sharding
 
 torch = pytest.importorskip("torch")
 
 
-def small_config():
+def small_policy():
   stats = policies.ActionStats(-np.ones(7), np.ones(7), np.arange(7) < 6)
   vision = dict(width=64, depth=2, head_size=64, mlp=64)
   small = torch_comparison.SMALL | dict(image_size=28, dino=vision, siglip=vision, projector=32, llm_depth=1,
                                         llm_width=64, llm_mlp=64)  # fmt: skip
-  return policies.make(size="7b", stats=stats, tokenizer=lambda text: [5], **small).config
+  return policies.make(size="7b", stats=stats, tokenizer=lambda text: [5], **small)
+
+
+def small_config():
+  return small_policy().config
 
 
 class Side:
@@ -52,14 +57,41 @@ class Side:
 
 def test_each_case_says_whether_it_was_recomputed(capsys):
   comparison = object.__new__(torch_comparison.Comparison)
-  comparison.args = argparse.Namespace(size="small", rank=0, repeats=1, lock=os.devnull)
+  comparison.args = argparse.Namespace(size="small", rank=0, repeats=1)
   comparison.cores, comparison.config, comparison.jax, comparison.torch = 1, small_config(), None, Side()
+  comparison.turn = torch_comparison.Turn("")
   comparison.device = types.SimpleNamespace(platform="cpu", device_kind="cpu")
   for rows in (8, 16, 8):
     comparison.update("sft", rows)
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [line["torch_recomputes"] for line in lines] == [False, True, False]
   assert {seen for seen in comparison.torch.seen if seen[0] == 8} == {(8, False)}
+
+
+def test_nothing_else_compiles_or_is_timed_in_a_turn(tmp_path):
+  path = str(tmp_path / "lock")
+  turn, other = torch_comparison.Turn(path), open(path)
+  fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)  # compiles beside it
+  fcntl.flock(other, fcntl.LOCK_UN)
+  with turn, pytest.raises(BlockingIOError):
+    fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  with torch_comparison.Turn(""), torch_comparison.Turn(""):  # without a file nobody waits for anybody
+    pass
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_compiled_for_is_what_is_drawn(rank, monkeypatch):
+  """On one GPU, where frozen layers lie apart."""
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
+  comparison = object.__new__(torch_comparison.Comparison)
+  comparison.args, comparison.torch = argparse.Namespace(size="7b", rank=rank, micro=0), None
+  comparison.policy, comparison.config = small_policy(), small_policy().config
+  side = comparison.our_side()
+  assert isinstance(side.shapes["llm"]["layers"], list) == (rank > 0)
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kinds(side.shapes) == kinds(side.params)
+  assert kinds(jax.eval_shape(side.start, side.shapes)) == kinds(side.start(side.params))
 
 
 def test_checkpointing_can_be_undone():
