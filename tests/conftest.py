@@ -1,7 +1,7 @@
 """What every test shares: the devices JAX sees, when simulator, GPU and browser tests can run, and common fixtures.
 
-Tests run on eight fake CPU devices, so that sharding is tested wherever the tests are. To run the `gpu` tests:
-`JAX_PLATFORMS=cuda python -m pytest -m gpu`.
+Tests run on eight fake CPU devices, so that sharding is tested wherever the tests are; `python -m pytest -m gpu` on
+whatever JAX finds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if name !=
 for _name, _value in json.loads(os.environ[_USERS_OWN]).items():
   USER_ENVIRONMENT.pop(_name, None)
   USER_ENVIRONMENT.update({} if _value is None else {_name: _value})
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE_DEVICES}".strip()
 
@@ -87,7 +86,7 @@ def why_no_accelerator() -> str:
   """Empty when JAX runs on something other than the CPU."""
   import jax
   platform = jax.default_backend()
-  return "" if platform != "cpu" else "JAX sees only the CPU; set JAX_PLATFORMS on a machine with an accelerator"
+  return "" if platform != "cpu" else "JAX sees only the CPU; on a machine with an accelerator ask for these tests alone (-m gpu)"
 
 
 def why_no_browser() -> str:
@@ -102,6 +101,12 @@ NEEDS = {"sim": why_no_simulator, "assets": why_no_assets, "simpler": why_no_sim
 # The longest files: last of all, one of them would leave the other cores idle.
 LONGEST_FIRST = ("test_resume.py", "test_smoke.py", "test_pipeline.py", "test_lora_run.py", "test_bad_input.py",
                  "test_multiprocess.py", "test_bridge.py", "test_sims.py")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Nothing has imported jax yet."""
+  if config.option.markexpr != "gpu":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

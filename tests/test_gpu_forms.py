@@ -206,7 +206,7 @@ def test_attention_is_fused_only_where_it_can_be(monkeypatch):
 def test_cudnn_attention_is_as_exact_as_the_plain_form(length, size, masked):
   """In bfloat16, against float32."""
   if not nn.fuses("auto", jnp.bfloat16):
-    pytest.skip("cuDNN's attention needs an NVIDIA GPU that JAX sees: JAX_PLATFORMS=cuda python -m pytest -m gpu")
+    pytest.skip("cuDNN's attention needs an NVIDIA GPU")
   *arrays, seen = case(length, size, masked, jnp.bfloat16)
   plain = jax.jit(lambda *x: with_gradients(lambda q, k, v: nn.plain_attention(q, [(k, v)], seen), *x))
   fused = jax.jit(lambda *x: with_gradients(lambda q, k, v: nn.fused_attention(q, k, v, seen), *x))
