@@ -86,7 +86,7 @@ def why_no_accelerator() -> str:
   """Empty when JAX runs on something other than the CPU."""
   import jax
   platform = jax.default_backend()
-  return "" if platform != "cpu" else "JAX sees only the CPU; on a machine with an accelerator ask for these tests alone (-m gpu)"
+  return "" if platform != "cpu" else "JAX sees only the CPU; with an accelerator ask for these tests alone (-m gpu)"
 
 
 def why_no_browser() -> str:
