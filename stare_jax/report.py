@@ -24,10 +24,9 @@ from typing import Any, Self
 
 import numpy as np
 
-PHASES = ("imitation", "preference", "interaction")
-logger = logging.getLogger(__name__)
+from stare_jax.report_data import PHASES, RESERVED
 
-RESERVED = ("phase", "step", "env_steps", "time")
+logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from stare_jax.report_data import PHASES
+
 MAX_POINTS = 360  # per curve; more than a phone or a column of the page can show
-PHASES = ("imitation", "preference", "interaction")
 WIDTH, HEIGHT = 1000.0, 400.0  # of a drawing's own coordinates
 
 

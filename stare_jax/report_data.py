@@ -9,7 +9,8 @@ import os
 import pathlib
 from typing import Any
 
-PHASES = ("imitation", "preference", "interaction")
+PHASES = ("imitation", "preference", "interaction")  # as in config.py, of which a report needs nothing else
+RESERVED = ("phase", "step", "env_steps", "time")  # of a row of metrics.jsonl; the rest are metrics
 EVALUATION_KEYS = ("label", "task", "episodes", "success_once", "success_at_end", "stages")
 SAMPLE_KEYS = ("label", "seed", "success", "fps", "stages", "stage_id", "completed_at", "potential")
 

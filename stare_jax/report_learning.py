@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stare_jax.report_charts import curve, esc, number, phase_colour, pretty
-from stare_jax.report_data import Run, is_number
+from stare_jax.report_data import RESERVED, Run, is_number
 
 PHASE_NOTES = {
   "imitation": "Supervised learning from demonstrations: cross-entropy on the expert’s action tokens.",
@@ -34,7 +34,6 @@ NOTES = {
   "explained_variance": "1: the value predicts the returns; 0: no better than their mean.",
 }
 PAIR_KEYS = ("stage_pairs", "by_completion", "by_cost")
-RESERVED = ("phase", "step", "env_steps", "time")
 
 
 def learning(run: Run) -> str:

@@ -4,7 +4,6 @@
   make_optimizer    AdamW with clipping, warm-up and decay; the host may scale the learning rate between updates
   make_update       (params, batch) -> (Mean, {name: Mean}) becomes (state, batch) -> (state, metrics)
   make_preference_update   the same for pairs, by the exact gradient of `train_preference`
-  make_log_prob, make_loss the same forward passes without an update
   fetch             the door up: metrics as floats, or a NonFiniteError that names the source
 
 A `Mean` (losses.ops) is anything with float32[] `total` and `weight` and a `value()`. Its weight counts valid elements
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +34,6 @@ from stare_jax.train_preference import (
   PreferenceBatch,
   check_micro_batch,
   loss_mean,
-  make_log_prob,
   most_trips,
   preference_gradient,
 )
@@ -44,7 +42,6 @@ from stare_jax.train_state import (
   TrainState,
   abstract_state,
   full_precision,
-  init_state,
   join,
   join_state,
   new_state,
@@ -54,9 +51,9 @@ from stare_jax.train_state import (
 )
 
 __all__ = [
-  "PreferenceBatch", "TrainState", "abstract_state", "init_state", "join", "join_state", "learning_rate_scale",
-  "make_log_prob", "make_optimizer", "most_trips", "new_state", "preference_gradient", "set_learning_rate_scale",
-  "split", "split_state", "state_shardings",
+  "PreferenceBatch", "TrainState", "abstract_state", "join", "join_state", "learning_rate_scale", "make_optimizer",
+  "most_trips", "new_state", "preference_gradient", "set_learning_rate_scale", "split", "split_state",
+  "state_shardings",
 ]  # fmt: skip
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -225,27 +222,6 @@ def make_update(
     return _apply(tx, state, grads, loss.value(), _values(metrics))
 
   return Update(update, mesh, param_axes, trainable)
-
-
-def make_loss(loss_fn: LossFn) -> Callable[[Any, Any], dict[str, Any]]:
-  """Compiled (params, batch) -> {"loss": Mean, name: Mean}, for validation; add batches with `mean_values`."""
-
-  def evaluate(params: Any, batch: Any) -> dict[str, Any]:
-    loss, metrics = loss_fn(params, batch)
-    return {**metrics, "loss": loss_mean(loss, metrics)}
-
-  return jax.jit(evaluate)
-
-
-def mean_values(batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-  """The exact mean of each metric over several batches of `make_loss`: summed totals over summed weights."""
-  sums: dict[str, list[float]] = {}
-  for metrics in jax.device_get(list(batches)):
-    for name, m in metrics.items():
-      entry = sums.setdefault(name, [0.0, 0.0])
-      entry[0] += float(m.total)
-      entry[1] += float(m.weight)
-  return {name: total / max(weight, TINY) for name, (total, weight) in sums.items()}
 
 
 def make_preference_update(

@@ -271,19 +271,3 @@ def _backward(
     return _add(total, pull_back(jnp.where(real, c, 0.0))[0])
 
   return jax.lax.fori_loop(0, steps.trips, body, _zeros(params))
-
-
-def make_log_prob(
-  log_prob_fn: LogProbFn, *, micro_batch: int, mesh: Mesh | None = None
-) -> Callable[[Any, Any, Any, Any], jax.Array]:
-  """Compiled (params, obs [2B, T, ...], tokens int32[2B, T, A], valid bool[2B, T]) -> float32[2B, T].
-
-  Reference log-probs, once per dataset: summed over the action's tokens, 0 where not valid.
-  """
-  check_micro_batch(micro_batch, mesh)
-
-  def log_prob(params: Any, obs: Any, tokens: Any, valid: jax.Array) -> jax.Array:
-    with sharding.activations(mesh):
-      return _forward(log_prob_fn, params, (obs, tokens), valid, micro_batch, mesh)
-
-  return jax.jit(log_prob, compiler_options=sharding.compiler_options(mesh))

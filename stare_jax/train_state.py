@@ -111,23 +111,6 @@ def abstract_state(
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
 
 
-def init_state(
-  init: Callable[[jax.Array], Any],
-  key: jax.Array,
-  tx: optax.GradientTransformation,
-  *,
-  mesh: Mesh | None = None,
-  param_axes: sharding.ParamAxes | None = None,
-  trainable: Trainable | None = None,
-) -> TrainState:
-  """A fresh state, created in place: no device ever holds more than its share."""
-  build = lambda key: _new(init(key), tx, None, trainable)
-  if mesh is None:
-    return jax.jit(build)(key)
-  places = state_shardings(jax.eval_shape(build, key), mesh, param_axes)
-  return jax.jit(build, out_shardings=places)(sharding.replicate(key, mesh))
-
-
 def new_state(
   params: Any,
   tx: optax.GradientTransformation,

@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
+from stare_jax import train
 from stare_jax.losses.ops import Mean, token_log_prob
 from stare_jax.train import PreferenceBatch
 
@@ -44,6 +47,11 @@ def init(key: jax.Array) -> dict[str, Any]:
     "head": {"kernel": normal(WIDTH, TOKENS * BINS)},
     "value": {"kernel": normal(WIDTH, 1)},
   }
+
+
+def state(tx: optax.GradientTransformation, mesh: Mesh | None = None) -> train.TrainState:
+  """Before the first update, on the mesh."""
+  return train.new_state(jax.jit(init)(jax.random.key(0)), tx, mesh=mesh, param_axes=PARAM_AXES)
 
 
 def hidden(params: Any, obs: dict[str, jax.Array]) -> jax.Array:

@@ -34,7 +34,7 @@ def tx():
 
 
 def train_state(tx, mesh=None):
-  return train.init_state(small_model.init, jax.random.key(0), tx, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  return small_model.state(tx, mesh)
 
 
 def everything(state):

@@ -192,7 +192,7 @@ def run(kind, mesh):
     update = train.make_update(
       small_model.loss_fn, SGD, mesh=mesh, param_axes=small_model.PARAM_AXES, micro_batches=3 if kind == "cut" else 1
     )
-  state = train.init_state(small_model.init, jax.random.key(0), SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  state = small_model.state(SGD, mesh)
   first, told = state, []
   with jax.transfer_guard("disallow"):
     for batch in batches:
@@ -224,7 +224,7 @@ def test_update_on_a_mesh_is_in_place_and_keeps_rows_where_they_are():
   """Every state buffer is aliased. Images do not travel, but for those of a micro-batch of pairs."""
   mesh = mesh_of("data")
   rng = np.random.default_rng(0)
-  state = train.init_state(small_model.init, jax.random.key(0), SGD, mesh=mesh, param_axes=small_model.PARAM_AXES)
+  state = small_model.state(SGD, mesh)
   cut = train.make_update(small_model.loss_fn, SGD, mesh=mesh, param_axes=small_model.PARAM_AXES, micro_batches=3)
   pairs = train.make_preference_update(small_model.log_prob, stage_kernel, SGD, micro_batch=16, mesh=mesh)
   for update, batch in ((cut, small_model.batch(rng)), (pairs, small_model.pairs(rng, pairs=8, steps=6))):
@@ -299,8 +299,8 @@ def test_openvla_on_a_mesh_is_that_of_one_device(what, name):
   rng = np.random.default_rng(0)
   obs = policy.encode(rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), ["pull the cube to the goal"] * 8)
   batch = {"obs": obs, "tokens": rng.integers(0, 256, (8, 7), dtype=np.int32)}
-  init = lambda key: jax.tree.map(lambda s: 0.3 * jnp.sin(37.7 * jnp.arange(s.size).reshape(s.shape)), shapes_of)
-  shapes_of = jax.eval_shape(policy.init, jax.random.key(0))
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  params = jax.tree.map(lambda s: 0.3 * jnp.sin(37.7 * jnp.arange(s.size).reshape(s.shape)), shapes)
 
   def loss_fn(params, batch):
     out = policy.apply(params, batch["obs"], batch["tokens"])
@@ -309,10 +309,10 @@ def test_openvla_on_a_mesh_is_that_of_one_device(what, name):
 
   results = []
   for mesh in (None, mesh_of(name)):
-    state = train.init_state(init, jax.random.key(0), SGD, mesh=mesh, param_axes=policy.param_axes)
+    state = train.new_state(params, SGD, mesh=mesh, param_axes=policy.param_axes)
     if what == "loss":
-      means = train.make_loss(loss_fn)(state.params, sharding.put(batch, mesh))
-      results.append((jax.device_get(state.params), train.mean_values([means]) | {"grad_norm": 1.0}))
+      loss, _ = jax.jit(loss_fn)(state.params, sharding.put(batch, mesh))
+      results.append((jax.device_get(state.params), {"loss": float(loss.value()), "grad_norm": 1.0}))
       continue
     update = train.make_update(loss_fn, SGD, mesh=mesh, param_axes=policy.param_axes)
     state, metrics = update(state, sharding.put(batch, mesh))
@@ -447,7 +447,7 @@ import small_model
 from stare_jax import checkpoint, sharding, train
 mesh = sharding.make_mesh({"data": 2, "fsdp": 2})
 axes, tx = small_model.PARAM_AXES, train.make_optimizer(learning_rate=1e-2)
-state = train.init_state(small_model.init, jax.random.key(0), tx, mesh=mesh, param_axes=axes)
+state = small_model.state(tx, mesh)
 update = train.make_update(small_model.loss_fn, tx, mesh=mesh, param_axes=axes, micro_batches=2)
 batch = small_model.batch(np.random.default_rng(0))
 mine = jax.tree.map(lambda x: np.split(x, 2)[rank] if np.ndim(x) else x, batch)

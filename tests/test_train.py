@@ -359,13 +359,3 @@ def test_loop_makes_no_stray_transfer(rng):
       train.fetch(metrics, state.params)
       state = train.set_learning_rate_scale(state, 0.9)
   assert update.traces == 1 and int(state.step) == 3
-
-
-def test_validation_means_add_exactly(rng):
-  evaluate = train.make_loss(small_model.loss_fn)
-  params, batch = parameters(), small_model.batch(rng)
-  part = lambda s: jax.tree.map(lambda x: x[s] if np.ndim(x) else x, batch)
-  uneven = [evaluate(params, part(slice(0, 10))), evaluate(params, part(slice(10, 48)))]
-  whole = train.mean_values([evaluate(params, batch)])
-  assert train.mean_values(uneven) == pytest.approx(whole, rel=1e-5)
-  assert whole.keys() == {"loss", "nll", "value"}
