@@ -7,15 +7,17 @@ worse at placing.
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from stare_jax.episode import StagedEpisode
 
 PADDING = -1  # stage_id of a step that does not exist
+T = TypeVar("T")
 
 
 class Pair(NamedTuple):
@@ -41,10 +43,9 @@ class Pair(NamedTuple):
 
 
 class StageBatch(NamedTuple):
-  """B pairs as arrays of static shape; padded entries are zeros, with stage_id -1.
+  """B pairs as arrays of static shape; padded entries are zeros, with stage_id -1. Images are apart: `pad_images`.
 
   Attributes:
-    images: uint8[2B, T, H, W, 3].
     tokens: int32[2B, T, A].
     stage_id: int32[2B, T], g(t), or -1 for padding: the only mask that is needed.
     ref_log_prob: float32[2B, T], nats, log pi_ref(a_t | o_t), summed over action tokens.
@@ -55,7 +56,6 @@ class StageBatch(NamedTuple):
       padding.
   """
 
-  images: np.ndarray
   tokens: np.ndarray
   stage_id: np.ndarray
   ref_log_prob: np.ndarray
@@ -287,7 +287,6 @@ def pad_pairs(
   overall = np.zeros(size, np.int8)
   overall[: len(pairs)] = [p.overall for p in pairs]
   return StageBatch(
-    images=lay(lambda e: staged[e].episode.images),
     tokens=lay(lambda e: staged[e].episode.tokens),
     stage_id=lay(lambda e: staged[e].stage_id, fill=PADDING),
     ref_log_prob=lay(lambda e: _reference(ref_log_prob[e], staged[e], e)),
@@ -296,6 +295,19 @@ def pad_pairs(
     cost=cost.reshape(2 * size, -1),
     episode=index.reshape(-1),
   )
+
+
+def pad_images(staged: Sequence[StagedEpisode], episode: np.ndarray, length: int) -> np.ndarray:
+  """uint8[R, length, H, W, 3], the images behind R rows of a `StageBatch`, zeros after each episode and in empty rows.
+
+  All but all of a batch's bytes are images, so a process reads those of the rows that are its own.
+
+  Args:
+    episode: int[R], rows of `StageBatch.episode`.
+    length: the batch's T.
+  """
+  nothing = staged[0].episode.images[:0]
+  return pad([staged[e].episode.images if e >= 0 else nothing for e in episode], length)
 
 
 def _reference(log_prob: np.ndarray, item: StagedEpisode, index: int) -> np.ndarray:
@@ -308,6 +320,29 @@ def _reference(log_prob: np.ndarray, item: StagedEpisode, index: int) -> np.ndar
       f"that are not finite, expected finite float32[{steps}] or [{steps}, A]; recompute it with the reference policy"
     )
   return total.astype(np.float32)
+
+
+class Ahead(Generic[T]):
+  """make(i) for i, i + 1, ... in turn: while the caller uses one batch, the next is made on a thread.
+
+  So a device does not wait for the disk, nor for images to be cropped.
+
+  Args:
+    make: int -> a batch, of its argument alone; what it raises is raised by the call that asks for that batch.
+    end: the first i that is not asked for.
+  """
+
+  def __init__(self, make: Callable[[int], T], end: int):
+    self._make, self._end = make, end
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
+    self._next: tuple[int, concurrent.futures.Future[T]] | None = None
+
+  def __call__(self, i: int) -> T:
+    if self._next is None or self._next[0] != i:  # the first one
+      self._next = i, self._thread.submit(self._make, i)
+    batch = self._next[1].result()
+    self._next = (i + 1, self._thread.submit(self._make, i + 1)) if i + 1 < self._end else None
+    return batch
 
 
 def epoch_batches(

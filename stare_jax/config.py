@@ -108,6 +108,10 @@ def _validate_batches(c: Any) -> None:
   if rollout % c.interaction.batch:
     raise ConfigError(f"interaction.batch = {c.interaction.batch} does not divide a rollout of sim.num_envs x "
                       f"interaction.steps = {c.sim.num_envs} x {c.interaction.steps} = {rollout} steps")
+  if c.interaction.target_kl and c.interaction.epochs == 1 and c.interaction.batch == rollout:
+    raise ConfigError(f"interaction.target_kl = {c.interaction.target_kl} follows the KL that an iteration's later "
+                      f"updates see, and interaction.batch = {rollout}, all steps of a rollout, with one epoch is a "
+                      f"single update: choose a smaller batch, more epochs, or target_kl = 0")
 
 
 def _divides(c: Any, field: str, value: int, by_field: str, by: int) -> None:

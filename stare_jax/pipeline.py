@@ -96,10 +96,12 @@ def imitation(run: Run) -> Any:
   init = functools.partial(starting_params, run, "imitation")
   state = train.new_state(init(), tx, **trained)
 
-  def advance(state, i):
+  def batch(i):
     rows = run.mine(minibatch(len(images), c.batch, i, run.config.seed))
-    return step(run, update, state, {"obs": run.obs(images[rows]), "tokens": tokens[rows]})
+    return {"obs": run.obs(images[rows]), "tokens": tokens[rows]}
 
+  batches = batching.Ahead(batch, c.updates)
+  advance = lambda state, i: step(run, update, state, batches(i))
   state = advance_until(run, "imitation", state, advance, total=c.updates, every=c.checkpoint_every,
                         unit="update", show=("loss", "accuracy"))  # fmt: skip
   return state.params
@@ -119,15 +121,18 @@ def preference(run: Run) -> Any:
   state = train.new_state(params, tx, **trained)
   del params  # the state has its own
 
-  def advance(state, i):
+  def batch(i):
     rows = minibatch(len(pairs), c.batch, i, run.config.seed)
     b = batching.pad_pairs(staged, [pairs[r] for r in rows], reference, buckets=c.buckets, batch_size=c.batch)
-    flat = run.obs(b.images.reshape(-1, *b.images.shape[2:]))
-    obs = jax.tree.map(lambda x: x.reshape(*b.images.shape[:2], *x.shape[1:]), flat)
+    b, length = b._replace(**{name: run.mine(x) for name, x in b._asdict().items()}), b.tokens.shape[1]
+    images = batching.pad_images(staged, b.episode, length)
+    flat = run.obs(images.reshape(-1, *images.shape[2:]))
+    obs = jax.tree.map(lambda x: x.reshape(*images.shape[:2], *x.shape[1:]), flat)
     data = {"stage_id": b.stage_id, "cost": b.cost, "sign": b.sign, "overall": b.overall}
-    batch = train.PreferenceBatch(obs, b.tokens, b.stage_id >= 0, b.ref_log_prob, data)
-    return step(run, update, state, jax.tree.map(run.mine, batch))
+    return train.PreferenceBatch(obs, b.tokens, b.stage_id >= 0, b.ref_log_prob, data)
 
+  batches = batching.Ahead(batch, c.updates)
+  advance = lambda state, i: step(run, update, state, batches(i))
   state = advance_until(run, "preference", state, advance, total=c.updates, every=c.checkpoint_every,
                         unit="update", show=("loss", "accuracy"))  # fmt: skip
   return state.params

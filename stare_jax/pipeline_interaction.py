@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,13 +35,12 @@ def interaction(run: Run) -> Any:
   critic = train_critic.init(jax.random.fold_in(run.key, 1), num_features(run)) if c.critic == "state" else None
   state = train.new_state(params, tx, critic=critic, **trained)
   del params  # the state has its own
-  first = run.seeds("interaction", 1)[0]
+  seed_of = training_seeds(run.seeds("interaction", 1)[0], c.steps, run.task.starts)
 
   def advance(state, i):
     began = time.monotonic()
     collector = run.collector(run.actor(state.params, "interaction", c.temperature), stop_on_success=c.stop_on_success)
-    start_of = lambda env, j: Start(first + (i * n + env) * c.steps + j)
-    rows = pipeline_together.rows(collector, start_of, c.steps)
+    rows = pipeline_together.rows(collector, lambda env, j: Start(seed_of(i * n + env, j)), c.steps)
     del collector  # with its actor's copy of the parameters, which an update has no room for
     rows = [stages.annotate(run.task, row, offset=c.offset) for row in rows]
     collected = time.monotonic()
@@ -68,6 +68,16 @@ def interaction(run: Run) -> Any:
   state = advance_until(run, "interaction", state, advance, total=c.iterations, every=c.checkpoint_every,
                         unit="iteration", show=("success", "return_shaped", "kl"))  # fmt: skip
   return state.params
+
+
+def training_seeds(first: int, steps: int, starts: int | None) -> Callable[[int, int], int]:
+  """(row, j) -> the seed of the j-th episode of a row of `steps` steps; no two are alike.
+
+  With published starts, a seed's remainder by their number says which one it is. Nearly all episodes are the first of
+  their row, so rows are a number of seeds apart that shares no factor with theirs: else few of the starts would be met.
+  """
+  apart = next(n for n in itertools.count(steps) if math.gcd(n, starts or 1) == 1)
+  return lambda row, j: first + row * apart + j
 
 
 def reference_log_prob(run: Run, params: Any, c: Any) -> Callable[[Any, np.ndarray], np.ndarray]:
@@ -229,7 +239,8 @@ def rollout_metrics(run: Run, rows: Sequence[Sequence[StagedEpisode]], c: Any) -
   ended = whole_episodes(rows, run.config.sim.horizon)
   completed = np.stack([item.completed for item in ended])
   before = np.concatenate([np.ones_like(completed[:, :1]), completed[:, :-1]], axis=1)
-  rates = (completed & before).sum(0) / np.maximum(before.sum(0), 1)
+  there = before.sum(0)
+  rates = np.where(there > 0, (completed & before).sum(0) / np.maximum(there, 1), np.nan)  # none there: not known
   discounted = lambda reward: float(reward @ c.hp.discount ** np.arange(len(reward)))
   shaped = [discounted(rewards(item, c)) for item in ended]
   return {

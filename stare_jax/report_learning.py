@@ -24,10 +24,11 @@ FEATURED = {
 }
 RATES = ("success", "accuracy")
 NOTES = {
-  "success": "Share of the training episodes that succeeded; actions are sampled.",
+  "success": "Share of the training episodes that succeeded; actions are sampled, and rollouts may be shorter than the "
+             "horizon.",
   "return_shaped": "Of the reward that is learnt from, discounted.",
   "return_raw": "The task’s own reward, discounted.",
-  "kl": "From the policy that acted to the updated one, nats.",
+  "kl": "From the policy that acted to the one before each update, nats, in the mean over the last epoch.",
   "entropy": "Of an action, nats.",
   "clip_fraction": "Share of actions outside the clip range.",
   "margin": "By how much the preferred one is ahead.",

@@ -60,6 +60,7 @@ def make_optimizer(
   The step of a parameter is `schedule(count) * scale * part`, where part is `value_lr_scale` for paths that match
   `value_head` and `policy_scale` for the others. `scale` and `policy_scale` (1 at first) live in the optimiser's state,
   where `set_learning_rate_scale` changes them without a retrace: a KL-adaptive step, or a warm-up of the critic alone.
+  A `policy_scale` of 0 takes the policy's gradients as zeros, so they neither clip the critic's nor enter a moment.
   """
   rate = make_schedule(
     learning_rate, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule, end=end_scale
@@ -77,7 +78,7 @@ def make_optimizer(
 
     return optax.stateless(step)
 
-  return optax.chain(
+  adamw = optax.chain(
     optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
     optax.scale_by_adam(*betas, eps=eps),
     optax.add_decayed_weights(weight_decay, mask=lambda p: jax.tree_util.tree_map_with_path(decays, p))
@@ -85,6 +86,13 @@ def make_optimizer(
     else optax.identity(),
     scaled(learning_rate=rate, scale=1.0, policy_scale=1.0),
   )
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    moves = hyperparams(state)["policy_scale"] > 0  # else its moments would remember what it was kept from following
+    part = lambda path, g: g if is_value(path) else jnp.where(moves, g, 0)
+    return adamw.update(jax.tree_util.tree_map_with_path(part, grads), state, params)
+
+  return optax.GradientTransformation(adamw.init, update)
 
 
 def _is_injected(x: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import tracemalloc
 
 import hypothesis
@@ -213,7 +214,8 @@ def example(sizes=(3, 5, 9, 2)) -> tuple[list[StagedEpisode], list[batching.Pair
 def test_padded_rows_hold_their_episode_and_nothing_else():
   staged, pairs, reference = example()
   batch = batching.pad_pairs(staged, pairs, reference, buckets=(4, 12, 30), batch_size=8)
-  assert batch.images.shape == (16, 12, 4, 4, 3) and batch.images.dtype == np.uint8
+  images = batching.pad_images(staged, batch.episode, 12)
+  assert images.shape == (16, 12, 4, 4, 3) and images.dtype == np.uint8
   assert batch.tokens.shape == (16, 12, 7) and batch.tokens.dtype == np.int32
   assert batch.stage_id.shape == batch.ref_log_prob.shape == (16, 12)
   assert batch.sign.shape == (8, 2) and batch.sign.dtype == batch.overall.dtype == np.int8
@@ -223,7 +225,7 @@ def test_padded_rows_hold_their_episode_and_nothing_else():
     for row, index in ((b, pair.first), (8 + b, pair.second)):
       item, steps = staged[index], len(staged[index].episode)
       assert batch.episode[row] == index
-      np.testing.assert_array_equal(batch.images[row, :steps], item.episode.images)
+      np.testing.assert_array_equal(images[row, :steps], item.episode.images)
       np.testing.assert_array_equal(batch.tokens[row, :steps], item.episode.tokens)
       np.testing.assert_array_equal(batch.stage_id[row, :steps], item.stage_id)
       np.testing.assert_allclose(batch.ref_log_prob[row, :steps], item.episode.log_prob.sum(-1), rtol=1e-6)
@@ -232,7 +234,7 @@ def test_padded_rows_hold_their_episode_and_nothing_else():
   empty = np.r_[len(pairs) : 8, 8 + len(pairs) : 16]
   assert (batch.stage_id[empty] == -1).all() and (batch.episode[empty] == -1).all()
   assert not batch.sign[len(pairs) :].any() and not batch.cost[empty].any()
-  for array in (batch.images, batch.tokens, batch.ref_log_prob):
+  for array in (images, batch.tokens, batch.ref_log_prob):
     assert not array[batch.stage_id < 0].any()
     assert np.isfinite(array).all()
 
@@ -250,7 +252,25 @@ def test_reference_log_probs_may_be_summed_already():
   a = batching.pad_pairs(staged, pairs, reference, buckets=(12,))
   b = batching.pad_pairs(staged, pairs, [r.sum(-1) for r in reference], buckets=(12,))
   np.testing.assert_allclose(a.ref_log_prob, b.ref_log_prob, rtol=1e-6)
-  assert a.images.shape[0] == 2 * len(pairs)
+  assert a.tokens.shape[0] == 2 * len(pairs)
+
+
+def test_the_next_batch_is_made_while_one_is_used():
+  made, asked = [], {i: threading.Event() for i in range(2, 6)}
+
+  def make(i):
+    made.append(i)
+    asked[i].set()
+    if i == 4:
+      raise ValueError("batch 4")
+    return 10 * i
+
+  ahead = batching.Ahead(make, end=6)
+  assert ahead(2) == 20 and asked[3].wait(60) and made == [2, 3]  # nobody has asked for 3 yet
+  assert ahead(3) == 30 and asked[4].wait(60)  # what goes wrong with 4 is nothing to 3
+  with pytest.raises(ValueError, match="batch 4"):
+    ahead(4)
+  assert ahead(5) == 50 and ahead(5) == 50 and made == [2, 3, 4, 5, 5]  # never 6
 
 
 def test_padding_is_loud():

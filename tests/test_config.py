@@ -141,6 +141,7 @@ def test_frames_of_any_size_suit_a_checkpoint():
   (dict(sim__num_workers=9), ("sim.num_workers = 9", "4")),
   (dict(imitation__micro_batches=3), ("imitation.batch = 8", "imitation.micro_batches = 3")),
   (dict(interaction__batch=16), ("interaction.batch = 16", "40 steps")),
+  (dict(interaction__batch=40), ("interaction.batch = 40", "single update", "target_kl = 0")),
   (dict(imitation__optimiser__warmup_steps=6), ("imitation.optimiser.warmup_steps = 6", "6")),
   (dict(sim__image_size=20), ("sim.image_size = 20", "patch_size = 8")),
   (dict(policy__checkpoint="openvla-7b"), ("policy.options.patch_size", "openvla-7b", "come from the checkpoint")),

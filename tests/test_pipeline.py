@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import json
+import math
 import mmap
 import pathlib
 from types import SimpleNamespace
@@ -17,7 +20,7 @@ from stare_jax import dataset, losses, pipeline, pipeline_pairs, pipeline_run, p
 from stare_jax.checkpoint import config_digest, save
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline import evaluation_fields
-from stare_jax.pipeline_interaction import advantages, rollout_metrics, whole_episodes
+from stare_jax.pipeline_interaction import advantages, rollout_metrics, training_seeds, whole_episodes
 from stare_jax.pipeline_policy import Base
 from stare_jax.pipeline_run import minibatch
 from stare_jax.policies import ActionStats
@@ -251,7 +254,7 @@ def test_rollout_metrics_equal_a_loop(rng):
   reached = list(items)
   for k in range(2):
     done = [item for item in reached if item.completed[k]]
-    assert found[f"stage_{k + 1}"] == pytest.approx(len(done) / max(len(reached), 1))
+    assert found[f"stage_{k + 1}"] == pytest.approx(len(done) / len(reached) if reached else math.nan, nan_ok=True)
     reached = done
   assert found["episodes"] == 3 and found["success"] == pytest.approx(1 / 3)
   assert found["length"] == pytest.approx((4 + HORIZON + HORIZON) / 3)
@@ -266,6 +269,25 @@ def test_rollout_metrics_equal_a_loop(rng):
     shaped.append(total)
   assert found["return_raw"] == pytest.approx(np.mean(raw))
   assert found["return_shaped"] == pytest.approx(np.mean(shaped), rel=1e-5)
+
+
+def test_of_a_stage_that_nobody_came_to_nothing_is_known(rng):
+  rows, c = rollout(rng), settings()
+  run = SimpleNamespace(config=SimpleNamespace(sim=SimpleNamespace(horizon=HORIZON)))
+  none = lambda item: dataclasses.replace(item, completed_at=np.full_like(item.completed_at, -1))
+  found = rollout_metrics(run, [[none(item) for item in row] for row in rows], c)
+  assert found["stage_1"] == 0 and math.isnan(found["stage_2"])
+
+
+@pytest.mark.parametrize("steps", [30, 40, 60, 80, 120])
+def test_first_episodes_of_rows_meet_all_published_starts(steps):
+  for starts in (24, 64):
+    seed_of = training_seeds(5, steps, starts)
+    met = collections.Counter(seed_of(row, 0) % starts for row in range(10 * starts))
+    assert set(met.values()) == {10} and len(met) == starts
+    every = [seed_of(row, j) for row in range(20) for j in range(steps)]  # an episode has a step, so j stays below
+    assert len(set(every)) == len(every)
+  assert training_seeds(5, steps, None)(3, 2) == 5 + 3 * steps + 2
 
 
 def test_every_preference_loss_has_its_adapter():
