@@ -152,7 +152,8 @@ def interaction() -> dict:
       learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1.0, value_lr_scale=3.0,
     ),
     hp=dict(
-      discount=0.95, lam=0.7, clip=0.2, value_clip=ml_collections.config_dict.placeholder(float),  # None: without
+      discount=0.95, lam=0.7, clip=0.2, clip_high=ml_collections.config_dict.placeholder(float),  # None: clip
+      value_clip=ml_collections.config_dict.placeholder(float),  # None: without
       huber_delta=ml_collections.config_dict.placeholder(float), policy_weight=1.0, value_weight=0.5,
       entropy_weight=0.0, kl_weight=0.0, ratio="action",
     ),

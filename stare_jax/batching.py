@@ -345,38 +345,12 @@ class Ahead(Generic[T]):
     return batch
 
 
-def epoch_batches(
-  n: int,
-  batch_size: int,
-  *,
-  seed: int,
-  epoch: int,
-  buckets: np.ndarray | None = None,
-  drop_last: bool = True,
-) -> list[np.ndarray]:
+def epoch_batches(n: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
   """The shuffled batches of one epoch, index arrays into n items: a pure function of its arguments.
 
-  Args:
-    buckets: int[n], each item's bucket (from `bucket`). Batches are then of one bucket, so that few steps are
-      padding; what is left over in a bucket moves up to the next longer one. Batches of all buckets come
-      mixed.
-    drop_last: leave out the last incomplete batch (other items each epoch); otherwise it comes shorter.
+  What does not fill a batch is left out, other items each epoch.
   """
-  if batch_size < 1 or n < (batch_size if drop_last else 1):
-    raise ValueError(
-      f"{n} items do not fill one batch of {batch_size}; use a batch size from 1 to {n}, or drop_last=False and padding"
-    )
-  if buckets is not None and np.shape(buckets) != (n,):
-    raise ValueError(f"buckets: got shape {np.shape(buckets)}, expected one bucket for each of {n} items")
-  rng = np.random.default_rng([seed, epoch])
-  order = rng.permutation(n)
-  groups = [order] if buckets is None else [order[np.asarray(buckets)[order] == b] for b in np.unique(buckets)]
-  batches, left = [], order[:0]
-  for group in groups:
-    group = np.concatenate([left, group])
-    full = len(group) // batch_size * batch_size
-    batches += list(group[:full].reshape(-1, batch_size))
-    left = group[full:]
-  if len(groups) > 1:
-    batches = [batches[b] for b in rng.permutation(len(batches))]
-  return batches if drop_last or not left.size else [*batches, left]
+  if not 1 <= batch_size <= n:
+    raise ValueError(f"{n} items do not fill one batch of {batch_size}; use a batch size from 1 to {n}")
+  order = np.random.default_rng([seed, epoch]).permutation(n)
+  return list(order[: n // batch_size * batch_size].reshape(-1, batch_size))

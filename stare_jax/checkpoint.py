@@ -73,7 +73,7 @@ def config_differences(saved: Mapping[str, Any], config: Any, ignore: tuple[str,
   now = flatten_config(config)
   show = lambda flat, key: repr(flat[key]) if key in flat else "absent"
   spelled = lambda k, x: os.path.realpath(x) if k == "init_from" and x else x  # one folder has many names
-  differs = lambda k: k not in saved or k not in now or spelled(k, saved[k]) != spelled(k, now[k])
+  differs = lambda k: spelled(k, saved.get(k)) != spelled(k, now.get(k))  # a field that is newer and left open is none
   keys = sorted(k for k in {*saved, *now} if differs(k) and not k.startswith(ignore))
   return [f"{key}: {show(saved, key)} there, {show(now, key)} now" for key in keys]
 

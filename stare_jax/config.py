@@ -22,6 +22,7 @@ AT_LEAST_0 = (
   "interaction.critic_warmup", "interaction.offset", "report.videos",
 )  # fmt: skip
 ABOVE_0 = ("preference.hp.beta", "interaction.hp.clip")
+OPEN_OR_ABOVE_0 = ("interaction.hp.clip_high", "interaction.hp.value_clip", "interaction.hp.huber_delta")
 AT_MOST_1 = ("interaction.hp.discount", "interaction.hp.lam")  # and at least 0
 CHOICES = {
   "preference.pairs": ("stage", "trajectory"), "interaction.critic": ("state", "policy"),
@@ -94,6 +95,7 @@ def _validate_ranges(c: Any) -> None:
   wanted: list[tuple[Sequence[str], Callable[[float], bool], str]] = [
     (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
     (ABOVE_0, lambda x: x > 0, "more than 0"), (AT_MOST_1, lambda x: 0 <= x <= 1, "0 to 1"),
+    (OPEN_OR_ABOVE_0, lambda x: x is None or x > 0, "more than 0, or None"),
   ]  # fmt: skip
   for fields, good, words in wanted:
     for field in fields:

@@ -68,8 +68,7 @@ def write(path: str | os.PathLike, episodes: Sequence[Episode], meta: Mapping[st
   """Writes episodes and meta to `path`, atomically.
 
   Args:
-    meta: JSON values, and numpy arrays at the top level. "digest", say, can hold the configuration's digest
-      for `open(expect=...)`.
+    meta: JSON values, and numpy arrays at the top level.
   Raises: OSError if the disk is full or refuses; the file that was at `path` is then still there, untouched.
   """
   path = Path(path)
@@ -95,13 +94,11 @@ def write(path: str | os.PathLike, episodes: Sequence[Episode], meta: Mapping[st
   _sync_folder(path.parent)
 
 
-def open(path: str | os.PathLike, *, expect: Mapping[str, Any] | None = None) -> tuple[list[Episode], dict[str, Any]]:
+def open(path: str | os.PathLike) -> tuple[list[Episode], dict[str, Any]]:
   """Reads a file back after checking version, length and checksum.
 
   The arrays are read-only views of the mapped file: images are read from the disk when they are used.
 
-  Args:
-    expect: values that meta must hold, e.g. {"digest": ...}; the key "task" is checked against every episode.
   Returns: (episodes, meta), as given to `write`.
   """
   path = Path(path)
@@ -112,7 +109,6 @@ def open(path: str | os.PathLike, *, expect: Mapping[str, Any] | None = None) ->
   arrays = {name: _view(raw, entry) for name, entry in header["arrays"].items()}
   meta = dict(header["meta"])
   meta.update({name.removeprefix("meta/"): a for name, a in arrays.items() if name.startswith("meta/")})
-  _check_expected(path, expect or {}, meta, header["strings"]["task"])
   return _unpack(header["strings"], arrays), meta
 
 
@@ -286,13 +282,3 @@ def _view(raw: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
   dtype, shape, at = np.dtype(entry["dtype"]), entry["shape"], entry["offset"]
   size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
   return np.asarray(raw[at : at + size]).view(dtype).reshape(shape)
-
-
-def _check_expected(path: Path, expect: Mapping[str, Any], meta: Mapping[str, Any], tasks: list[str]) -> None:
-  for key, wanted in expect.items():
-    came = (tasks[0] if len(tasks) == 1 else tasks) if key == "task" else meta.get(key)
-    if came != wanted:
-      raise DatasetError(
-        f"{path}: made with {key} {came!r}, this run expects {wanted!r}; use another workdir, "
-        "go back to the configuration that made it, or delete it to collect again"
-      )

@@ -21,9 +21,9 @@ NO_DECAY = r"(.*/)?(bias|scale\d?|position|prefix|embed/table)"
 
 
 def make_schedule(
-  learning_rate: float, *, warmup_steps: int, total_steps: int | None, schedule: str, end: float = 0.0
+  learning_rate: float, *, warmup_steps: int, total_steps: int | None, schedule: str
 ) -> Callable[[jax.Array], jax.Array]:
-  """Linear warm-up, then constant, or a cosine from `learning_rate` to `end * learning_rate` at `total_steps`."""
+  """Linear warm-up, then constant, or a cosine from `learning_rate` to 0 at `total_steps`."""
   if schedule not in ("cosine", "constant"):
     raise ValueError(f"schedule: {schedule!r} is not one of 'cosine', 'constant'")
   if schedule == "cosine" and (total_steps is None or total_steps <= warmup_steps):
@@ -35,7 +35,7 @@ def make_schedule(
     if schedule == "constant":
       return learning_rate * warm
     progress = jnp.clip((count - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
-    return learning_rate * warm * (end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+    return learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
   return rate
 
@@ -46,33 +46,30 @@ def make_optimizer(
   warmup_steps: int = 0,
   total_steps: int | None = None,
   schedule: str = "constant",
-  end_scale: float = 0.0,
   weight_decay: float = 0.0,
   clip_norm: float | None = 1.0,
   betas: tuple[float, float] = (0.9, 0.999),
-  eps: float = 1e-8,
   value_lr_scale: float = 1.0,
-  value_head: str = VALUE_HEAD,
 ) -> optax.GradientTransformation:
   """AdamW on float32 moments: clip by global norm, Adam, decoupled weight decay on kernels (`NO_DECAY`), learning
   rate.
 
   The step of a parameter is `schedule(count) * scale * part`, where part is `value_lr_scale` for paths that match
-  `value_head` and `policy_scale` for the others. `scale` and `policy_scale` (1 at first) live in the optimiser's state,
+  `VALUE_HEAD` and `policy_scale` for the others. `scale` and `policy_scale` (1 at first) live in the optimiser's state,
   where `set_learning_rate_scale` changes them without a retrace: a KL-adaptive step, or a warm-up of the critic alone.
   A `policy_scale` of 0 takes the policy's gradients as zeros, so they neither clip the critic's nor enter a moment.
   """
   rate = make_schedule(
-    learning_rate, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule, end=end_scale
+    learning_rate, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule
   )
-  is_value = lambda path: re.fullmatch(value_head, sharding.path_name(path)) is not None
+  is_value = lambda path: re.fullmatch(VALUE_HEAD, sharding.path_name(path)) is not None
   decays = lambda path, x: np.ndim(x) > 1 and re.fullmatch(NO_DECAY, sharding.path_name(path)) is None
 
   @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
   def scaled(learning_rate: Any, scale: Any, policy_scale: Any) -> optax.GradientTransformation:
     def step(updates: Any, _: Any) -> Any:
       if value_lr_scale != 1 and not any(is_value(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)):
-        raise ValueError(f"value_lr_scale {value_lr_scale}: no parameter matches {value_head!r}")
+        raise ValueError(f"value_lr_scale {value_lr_scale}: no parameter matches {VALUE_HEAD!r}")
       part = lambda path: value_lr_scale if is_value(path) else policy_scale
       return jax.tree_util.tree_map_with_path(lambda path, u: -learning_rate * scale * part(path) * u, updates)
 
@@ -80,7 +77,7 @@ def make_optimizer(
 
   adamw = optax.chain(
     optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-    optax.scale_by_adam(*betas, eps=eps),
+    optax.scale_by_adam(*betas),
     optax.add_decayed_weights(weight_decay, mask=lambda p: jax.tree_util.tree_map_with_path(decays, p))
     if weight_decay
     else optax.identity(),

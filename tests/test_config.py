@@ -168,6 +168,7 @@ def test_frames_of_any_size_suit_a_checkpoint():
   (dict(interaction__hp__discount=1.5), ("interaction.hp.discount = 1.5", "0 to 1")),
   (dict(interaction__hp__lam=-0.1), ("interaction.hp.lam = -0.1", "0 to 1")),
   (dict(interaction__hp__clip=-0.2), ("interaction.hp.clip = -0.2", "more than 0")),
+  (dict(interaction__hp__clip_high=0.0), ("interaction.hp.clip_high = 0.0", "more than 0, or None")),
   (dict(preference__hp__beta=0.0), ("preference.hp.beta = 0.0", "more than 0")),
   (dict(preference__margin=-1.0), ("preference.margin = -1", "at least 0")),
   (dict(preference__buckets=(0, 8)), ("preference.buckets = (0, 8)", "at least 1")),

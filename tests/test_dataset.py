@@ -163,17 +163,6 @@ def test_another_version_other_signals_and_other_files_are_refused(written, monk
     dataset.open(path.parent / "none")
 
 
-def test_the_wrong_configuration_or_task_is_refused(written):
-  path, _ = written
-  assert dataset.open(path, expect={"digest": "abc", "task": "push_cube"})[1]["digest"] == "abc"
-  with pytest.raises(dataset.DatasetError, match="made with digest 'abc', this run expects 'def'; use another workdir"):
-    dataset.open(path, expect={"digest": "def"})
-  with pytest.raises(dataset.DatasetError, match="made with task 'push_cube', this run expects 'pull_cube'"):
-    dataset.open(path, expect={"task": "pull_cube"})
-  with pytest.raises(dataset.DatasetError, match="made with phase None"):
-    dataset.open(path, expect={"phase": "imitation"})
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, existing, code):

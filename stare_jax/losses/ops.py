@@ -113,18 +113,10 @@ def stage_mean(x: Array, stage_id: Array, num_stages: int) -> tuple[Array, Array
   return stage_sum(x, stage_id, num_stages) / jnp.maximum(steps, 1.0), steps
 
 
-def standardize(x: Array, valid: Array, *, eps: float = 1e-8, axis_name: str | tuple[str, ...] | None = None) -> Array:
-  """(x - mean) / (std + eps) over the valid entries, 0 elsewhere; float32 and bool of one shape.
-
-  Under `jax.jit` the sums already run over the global array, whatever its sharding; inside `jax.shard_map`
-  name the mesh axes in `axis_name`. Either way the result is that of one device holding the whole batch.
-  """
+def standardize(x: Array, valid: Array) -> Array:
+  """(x - mean) / (std + 1e-8) over the valid entries, 0 elsewhere; float32 and bool of one shape."""
   chex.assert_type([x, valid], [jnp.float32, bool])
-
-  def mean(samples: Array) -> Array:
-    local = Mean.of(samples, valid)
-    return (local if axis_name is None else jax.lax.psum(local, axis_name)).value()
-
+  mean = lambda samples: Mean.of(samples, valid).value()
   centred = jnp.where(valid, x, 0.0) - mean(x)
   std = jnp.sqrt(mean(jnp.square(centred)))
-  return jnp.where(valid, centred / (std + eps), 0.0)
+  return jnp.where(valid, centred / (std + 1e-8), 0.0)

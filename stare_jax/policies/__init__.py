@@ -131,11 +131,6 @@ class Policy(NamedTuple):
   acts_in: Callable[[str, Any], Any] | None = None
 
 
-def names() -> tuple[str, ...]:
-  """The registered backbones."""
-  return tuple(REGISTRY)
-
-
 def make(name: str = "openvla", *, stats: ActionStats, **options: Any) -> Policy:
   """Build a backbone by name; `options` are its own (size, overrides of its configuration)."""
   return _find(REGISTRY, name)(stats=stats, **options)
