@@ -27,7 +27,8 @@ supported() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11)
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
+  if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3.11 python3.12 python3 python; fi
+  for candidate in "$@"; do
     if supported "$candidate"; then echo "$candidate"; return; fi
   done
   if [ -n "${PYTHON:-}" ]; then die "PYTHON=$PYTHON is not a working Python 3.11 or 3.12; unset it or name one"; fi

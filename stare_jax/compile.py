@@ -7,7 +7,7 @@
 With --topology the updates of the three phases and `act` are compiled by the chip's own compiler (`make tpu-compiler`,
 `make gpu-compiler`), which needs no such chip; nothing is allocated or run. --program names one of them. --json adds
 one line for each program to a file.
-Status 0; 2: a mistake in the input, or a program that does not fit.
+Status 0; 2: a mistake in the input, or a program that does not fit, which is told when all of them are there.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
     fail(f"unexpected arguments {argv[1:]}; settings are flags, such as --topology=v5e:16x16")
   if CONFIG.value is None or bool(TOPOLOGY.value) == bool(DEVICES.value):
     fail("give --config=FILE and one of --topology=v5e:16x16 and --devices=8xH100")
+  if DEVICES.value and (PROGRAM.value or JSON.value):
+    fail("--program and --json go with --topology: a plan by formula is of all phases, and is only printed")
   for name, value in compiler_environment().items():
     os.environ.setdefault(name, value)
 
@@ -59,7 +61,9 @@ def main(argv: list[str]) -> None:
 
   try:
     if DEVICES.value:
-      print(compile_programs.plan(CONFIG.value, DEVICES.value))
+      text, fits = compile_programs.plan(CONFIG.value, DEVICES.value)
+      print(text)
+      sys.exit(0 if fits else 2)
     else:
       chosen = (PROGRAM.value,) if PROGRAM.value else compile_programs.PROGRAMS
       compile_programs.report(CONFIG.value, TOPOLOGY.value, chosen, JSON.value)

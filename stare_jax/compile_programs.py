@@ -18,20 +18,32 @@ from jax.sharding import Mesh
 
 from stare_jax import pipeline_policy, pipeline_updates, policies, rollout, roofline, roofline_hlo, sharding, train
 from stare_jax.compile_topology import host, topology
-from stare_jax.pipeline_check import check_batches, resolved
-from stare_jax.policies import lora
+from stare_jax.config import ConfigError
+from stare_jax.pipeline_check import check_batches, check_fields, resolved
+from stare_jax.policies import lora, openvla_files
 
 PROGRAMS = ("imitation", "preference", "interaction", "act")
+SMALLER = "use smaller micro-batches, more devices or LoRA"
 PARTS = {"imitation": "SFT", "preference": "StA-TPO", "interaction": "StA-PPO", "act": "act"}
 
 
+def check(config: Any) -> None:
+  """Raises ConfigError where a run would refuse the configuration, whatever the machine."""
+  if "policy" not in config:
+    raise ConfigError("this configuration is not one of a run: give one such as configs/ipi.py:openvla_7b")
+  check_fields(config)
+
+
 def make_policy(config: Any) -> policies.Policy:
-  """The policy of a configuration, without checkpoint and adapters: tokenizer and statistics change no shape."""
-  unit, options = np.ones(7, np.float32), resolved(config).policy.options.to_dict()
+  """The policy of a configuration, without adapters, from shapes: tokenizer and statistics change none."""
+  c, options = config.policy, resolved(config).policy.options.to_dict()
+  unit = np.ones(7, np.float32)
   stats = policies.ActionStats(-unit, unit, unit > 0)
-  tokenizer = {} if config.policy.size == "tiny" else {"tokenizer": lambda text: [1]}
-  return policies.make(config.policy.name, size=config.policy.size, stats=stats, image_size=config.sim.image_size,
-                       **options, **tokenizer)  # fmt: skip
+  if c.checkpoint:
+    sizes = openvla_files.folder_config(c.checkpoint, options)
+    return policies.make(c.name, size=sizes, stats=stats, tokenizer=lambda text: [1])
+  tokenizer = {} if c.size == "tiny" else {"tokenizer": lambda text: [1]}
+  return policies.make(c.name, size=c.size, stats=stats, image_size=config.sim.image_size, **options, **tokenizer)
 
 
 # Arguments without values -----------------------------------------------------------------------------------
@@ -136,7 +148,7 @@ def _act_job(policy: policies.Policy, config: Any, devices: Sequence[jax.Device]
 def measure(policy: policies.Policy, name: str, program: str, this: Job, chip: roofline.Chip) -> dict[str, Any]:
   """Compiles one program: memory, collectives, FLOPs and modelled step time, as one flat record.
 
-  Raises: RuntimeError where the program does not fit into the chip's memory.
+  Raises: RuntimeError where the compiler refuses the program, as those of TPUs do with one that does not fit.
   """
   try:
     compiled = this.traced.lower().compile()
@@ -198,11 +210,18 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def report(config: Any, name: str, programs: Sequence[str], path: str = "") -> list[dict[str, Any]]:
-  """Compiles the programs one by one and prints each as soon as it is known; `path` collects JSON lines."""
+  """Compiles the programs one by one and prints each as soon as it is known; `path` collects JSON lines.
+
+  Raises: ConfigError for what a run would refuse; RuntimeError where a program does not fit into a chip's memory.
+  """
+  check(config)
+  if "suites" in config and tuple(programs) != ("act",):
+    raise ConfigError("an evaluation trains nothing: add --program=act")
   policy = make_policy(config)
   if config.policy.lora.rank:
     policy = lora.wrap(policy, pipeline_policy.adapters(config, policy))
   chip, devices = topology(name)
+  check_batches(config, sharding.batch_shards(sharding.make_mesh(dict(config.mesh), devices)))
   records = []
   for program in programs:
     this = job(policy, config, program, devices)
@@ -214,6 +233,8 @@ def report(config: Any, name: str, programs: Sequence[str], path: str = "") -> l
     if path:
       with pathlib.Path(path).open("a") as file:
         file.write(json.dumps(records[-1]) + "\n")
+  if large := [PARTS[r["program"]] for r in records if r["used"] > r["hbm"]]:
+    raise RuntimeError(f"{', '.join(large)}: more than the {chip.hbm / 2**30:.1f} GiB of a chip; {SMALLER}")
   return records
 
 
@@ -230,8 +251,8 @@ class Absent:
   process_index: int = 0
 
 
-def plan(config: Any, text: str) -> str:
-  """The memory plan of "8xH100" in words, of the phases that run.
+def plan(config: Any, text: str) -> tuple[str, bool]:
+  """The memory plan of "8xH100" in words, of the phases that run, and whether all of them fit.
 
   Raises: ValueError for what is not "NxGPU", and for a mesh or a batch with which a run would not start there either.
   """
@@ -239,6 +260,9 @@ def plan(config: Any, text: str) -> str:
   gpus = [name for name in roofline.CHIPS if not name.startswith("v")]
   if found is None or found[2] not in gpus or int(found[1]) < 1:
     raise ValueError(f"devices {text!r}: expected a number and one of {gpus}, such as 8xH100")
+  check(config)
+  if "suites" in config:
+    raise ConfigError("an evaluation trains nothing, and a plan is of updates: see --topology and --program=act")
   devices, chip = int(found[1]), roofline.CHIPS[found[2]]
   policy = make_policy(config)
   mesh = sharding.make_mesh(dict(config.mesh), [Absent(i, found[2]) for i in range(devices)])
@@ -246,7 +270,7 @@ def plan(config: Any, text: str) -> str:
   check_batches(config, shards)
   params = abstract_params(policy, mesh)
   lines = [f"memory plan of {config.preset} on {devices} x {found[2]}, {chip.hbm / 2**30:.1f} GiB each; in GiB per GPU"]
-  trainable = lora_parameters(config, policy, params)
+  trainable, all_fit = lora_parameters(config, policy, params), True
   for program in config.phases:
     rows, summed = micro_batch(config, program)
     here = rows // shards
@@ -255,10 +279,12 @@ def plan(config: Any, text: str) -> str:
       trainable=trainable, summed=summed, apart=devices == 1, chip="gpu",
     )  # fmt: skip
     total = roofline.training_bytes(sizes)
-    fits = "fits" if total < 0.9 * chip.hbm else "DOES NOT FIT: use smaller micro-batches, more devices or LoRA"
-    lines.append(f"{PARTS[program]:<8} {here} rows per GPU: {total / 2**30:.1f}, {fits}")
+    fits = total < 0.9 * chip.hbm
+    all_fit &= fits
+    verdict = "fits" if fits else f"DOES NOT FIT: {SMALLER}"
+    lines.append(f"{PARTS[program]:<8} {here} rows per GPU: {total / 2**30:.1f}, {verdict}")
     lines += [f"  {size / 2**30:8.2f}  {name}" for name, size in sizes.items()]
-  return "\n".join(lines)
+  return "\n".join(lines), all_fit
 
 
 def micro_batch(config: Any, program: str) -> tuple[int, bool]:

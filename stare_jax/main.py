@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int | None:
 
   if processes.first():
     try:
-      atexit.register(hold(workdir, processes.PATIENCE if processes.count() > 1 else 0.0).close)
+      atexit.register(hold(workdir, processes.PATIENCE if DISTRIBUTED.value != "off" else 0.0).close)
     except (ValueError, OSError) as error:
       give_up(error)
   processes.keep_compilation_cache(pathlib.Path(workdir, "compilation_cache"))
@@ -191,6 +191,7 @@ def join() -> None:
   """Makes this process one of several, and lets its log say which."""
   from stare_jax import processes
 
+  log.info("waiting for all processes, up to five minutes (--distributed=%s)", DISTRIBUTED.value)
   try:
     processes.initialize(
       DISTRIBUTED.value, NUM_PROCESSES.value, PROCESS_ID.value, heartbeat=HEARTBEAT.value

@@ -64,8 +64,7 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
 
 def check_config(config: Any) -> None:
   """The first half of `check`, which touches no disk."""
-  config = resolved(config)
-  validate(config, tasks.names)
+  config = check_fields(config)
   names = [stage.name for stage in tasks.get(config.task).stages]
   if config.interaction.reward == "levels" and "interaction" in config.phases and "Grasp" not in names:
     raise ConfigError(f'interaction.reward = "levels" (of the method rl4vla_faithful) pays for grasping, and '
@@ -75,6 +74,13 @@ def check_config(config: Any) -> None:
   for phase in ("imitation", "preference"):
     if (name := config[phase].loss) not in losses.names(phase):
       raise ConfigError(f'unknown loss {phase}.loss = "{name}": {suggest(name, losses.names(phase))}')
+
+
+def check_fields(config: Any) -> Any:
+  """`resolved`, or a ConfigError for fields that no run could have, on whatever machine."""
+  config = resolved(config)
+  validate(config, tasks.names)
+  return config
 
 
 def check_batches(config: Any, shards: int) -> None:

@@ -129,6 +129,17 @@ def check_digest(folder: Any, found: str, where: str, step: int | None = None) -
     )
 
 
+def check_adapters(folder: Any, config: Any, policy: policies.Policy) -> None:
+  """Refuses a checkpoint of adapters that this run would scale otherwise, or put onto other modules of equal shapes."""
+  saved, now = checkpoint.read_config(folder) or {}, config.policy.lora
+  modules = lambda targets: [module.name for module in lora.select(policy.config, targets)]
+  for name, kind in (("alpha", float), ("targets", modules)):
+    came = saved.get(f"policy.lora.{name}", now[name])
+    if kind(came) != kind(now[name]):
+      raise ConfigError(f"the adapters of {folder} were trained with policy.lora.{name} = {came!r}, and this run has "
+                        f"{now[name]!r}, with which they would be another policy: leave it as it was there")
+
+
 class Base:
   """The frozen part of a run's parameters, once it is known; and what of a state a checkpoint holds."""
 
@@ -203,6 +214,7 @@ class Base:
       plain = {**abstract["base"], **openvla_names.nest(value)}
       return self._shared(policy, self._adapted(policy, read(plain, openvla.PARAM_AXES if axes else None), key))
     check_digest(folder, self.digest, self._where)
+    check_adapters(folder, self._config, policy)
     if self.elsewhere and self._frozen is None:
       self.initial(policy, key, mesh)
     if self._frozen is None:

@@ -107,8 +107,10 @@ class Run:
       raise Stop
 
   def check_here(self) -> None:
-    """Called in what a process does in its own time: the others learn of it where they meet next."""
+    """Called in what a process does in its own time; the others hear of it, and stop there as well."""
     if self.stop():
+      processes.stop()
+    if self.stop() or processes.stopping():
       raise Stop
 
   def use_statistics(self, stats: policies.ActionStats) -> None:

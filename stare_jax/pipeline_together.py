@@ -71,11 +71,12 @@ def events(here: Sequence[str]) -> list[str]:
 
 
 def _everyones(collect: Callable[[], Any]) -> list[Any]:
-  """What `collect` gives in each process. Where one is asked to stop all do, once the others have their part."""
+  """What `collect` gives in each process. Where one is asked to stop, all do."""
   try:
     part = collect()
   except Stop:
     part = None
+  processes.meet()
   if processes.any_of(part is None):
     raise Stop
   return processes.everyone(part)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import glob
+import itertools
 import json
 import logging
 import os
@@ -32,10 +33,13 @@ from jax._src import distributed  # the only place that knows the coordinator, a
 from jax.experimental import multihost_utils
 
 GONE = 3  # exit status of a process that ends because another one did
+TOGETHER = 300  # seconds until all processes must have come together
+LONGEST_ROLLOUT = 24 * 3600  # seconds that others may be at theirs
 GATHERED_BYTES = 256 << 20  # what one exchange may take on a device
 PATIENCE = 90.0  # seconds until a file that another process wrote must be seen; network folders cache what is absent
 
 log = logging.getLogger("stare_jax")
+_meetings = itertools.count()
 
 
 class ProcessError(RuntimeError):
@@ -88,11 +92,23 @@ def initialize(address: str, num_processes: int, process_id: int, *, heartbeat: 
   if address != "auto":
     options |= dict(coordinator_address=address, num_processes=num_processes, process_id=process_id)
     options |= dict(cluster_detection_method="deactivate")
-  jax.distributed.initialize(**options)
+  late = threading.Timer(TOGETHER - 10, _missing, [address])  # after `TOGETHER` JAX aborts, with a stack and no advice
+  late.daemon = True
+  late.start()
+  jax.distributed.initialize(**options, initialization_timeout=TOGETHER)
+  late.cancel()
   if count() > 1:
     # The first exchange connects the devices, on CPUs with 30 seconds of patience: start it together.
-    distributed.global_state.client.wait_at_barrier("stare_jax", 300_000)
+    distributed.global_state.client.wait_at_barrier("stare_jax", 1000 * TOGETHER)
     _watch.start(address)
+
+
+def _missing(address: str) -> None:
+  with contextlib.suppress(OSError):
+    print(f"the processes did not come together. --distributed={address}: start all of them within five minutes, with "
+          f"the same address and --num_processes; docs/launching.md has a script for each machine", file=sys.stderr,
+          flush=True)  # fmt: skip
+  os._exit(2)
 
 
 def count() -> int:
@@ -142,6 +158,12 @@ def any_of(flag: bool) -> bool:
   return bool(flag) if count() == 1 else bool(np.any(multihost_utils.process_allgather(np.int32(bool(flag)))))
 
 
+def meet() -> None:
+  """Waits for the processes that still are in their own time, for hours; an exchange gives up after half an hour."""
+  if count() > 1:
+    distributed.global_state.client.wait_at_barrier(f"meeting {next(_meetings)}", 1000 * LONGEST_ROLLOUT)
+
+
 def barrier(name: str) -> None:
   """Returns once every process is here."""
   if count() > 1:
@@ -178,13 +200,14 @@ def appear(path: pathlib.Path, writer: int = 0) -> None:
 class Watch:
   """One connection from every process to the first, which closes when either end dies, however it died.
 
-  A line of JSON on it is news: {} from a process that is done, else who is gone and the error it left, if any. The
-  first process passes on what it hears.
+  A line of JSON on it is news: {"stop": true} from a process that was asked to end, {} from one that is done, else who
+  is gone and the error it left, if any. The first process passes on what it hears.
   """
 
   def __init__(self) -> None:
     self._peers: dict[int, socket.socket] = {}
     self._leaving = False
+    self.stopping = False  # whether some process was asked to end
     self._lock = threading.Lock()
 
   def start(self, address: str) -> None:
@@ -199,6 +222,12 @@ class Watch:
     """Tells the others that this process ends on purpose: it is finished, or failed with `error`."""
     self._leaving = True
     self._tell({"gone": index(), "error": error[:4000]} if error else {})
+
+  def stop(self) -> None:
+    """Tells the others that this process was asked to end: they leave what they do in their own time."""
+    if not self.stopping:
+      self.stopping = True
+      self._tell({"stop": True})
 
   def _tell(self, news: dict[str, Any], but: int = -1) -> None:
     with self._lock:
@@ -238,6 +267,12 @@ class Watch:
     except OSError:  # a reset is an end as well
       line = b""
     news = json.loads(line) if line.endswith(b"\n") else {"gone": who, "error": ""}
+    if news.get("stop"):
+      self.stopping = True
+      if first():
+        self._tell(news, but=who)
+      self._listen(who, connection, lines)
+      return
     if not news or self._leaving:
       return
     if first():
@@ -259,6 +294,16 @@ def _host_of(address: str) -> str:
 
 
 _watch = Watch()
+
+
+def stop() -> None:
+  """Says that this process was asked to end; see `stopping`."""
+  _watch.stop()
+
+
+def stopping() -> bool:
+  """Whether another process was asked to end, for what this one does in its own time; `any_of` is exact."""
+  return _watch.stopping
 
 
 def leave(status: int = 0, error: str = "", details: str = "") -> None:

@@ -28,6 +28,8 @@ from stare_jax.report_data import PHASES, RESERVED
 
 logger = logging.getLogger(__name__)
 
+EVENTS_SECONDS = 30.0  # until TensorBoard sees a row
+
 PathLike = str | os.PathLike
 
 
@@ -156,7 +158,7 @@ class MetricsLogger:
     self._tensorboard = tensorboard
     self._writers: dict[str, Any] = {}
     self._sync_seconds = sync_seconds
-    self._synced = 0.0
+    self._synced = self._shown = 0.0
     self.workdir.mkdir(parents=True, exist_ok=True)
     self._prepare()
     self._file = open(self.path, "a", encoding="utf-8")
@@ -188,7 +190,8 @@ class MetricsLogger:
 
   def _writer(self, phase: str):
     if phase not in self._writers:
-      import tensorboardX  # slow to import, and not wanted by those who only read
+      from tensorboardX.event_file_writer import EventsWriter  # slow to import, not wanted by those who only read
+      from tensorboardX.proto.event_pb2 import Event, SessionLog
 
       purge = None
       if self._resume is not None:
@@ -198,10 +201,12 @@ class MetricsLogger:
         if phase in self._phases and self._phases.index(phase) < self._phases.index(at):
           purge = None
       directory = self.workdir / "tensorboard" / phase
-      # tensorboardX names files by the second, and would write over the file of a run that died in this one.
-      self._writers[phase] = tensorboardX.SummaryWriter(
-        str(directory), purge_step=purge, filename_suffix=f".{time.time_ns()}"
-      )
+      directory.mkdir(parents=True, exist_ok=True)
+      # Not its SummaryWriter, whose thread ends in silence on a full disk, and who then waits for that thread for ever.
+      # Files are named by the second: without a suffix one would write over that of a run that died in this one.
+      writer = self._writers[phase] = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+      if purge is not None:
+        writer.write_event(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
     return self._writers[phase]
 
   def log(self, phase: str, step: int, metrics: Mapping[str, Any], *, env_steps: int = 0) -> dict:
@@ -220,10 +225,16 @@ class MetricsLogger:
     if time.monotonic() - self._synced > self._sync_seconds:
       self._sync()
     if self._tensorboard:
+      from tensorboardX.proto.event_pb2 import Event
+      from tensorboardX.summary import scalar
+
       writer = self._writer(phase)
       for name, value in values.items():
         if value is not None:
-          writer.add_scalar(name, value, int(step), walltime=row["time"])
+          writer.write_event(Event(wall_time=row["time"], step=int(step), summary=scalar(name, value)))
+      if time.monotonic() - self._shown > EVENTS_SECONDS:
+        writer.flush()
+        self._shown = time.monotonic()
     return row
 
   def _sync(self) -> None:
@@ -291,14 +302,15 @@ def write_video(
   if odd_h or odd_w:
     frames = np.pad(frames, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
   temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")  # the suffix tells ffmpeg the container
-  # Its own way of keeping Ctrl-C from ffmpeg forks, which can hang beside JAX's threads. A blocked signal is inherited.
+  # Its own way of keeping Ctrl-C from ffmpeg forks, which can hang beside JAX's threads. A blocked signal is inherited;
+  # SIGTERM and SIGHUP reach it too where they are sent to all processes of a job.
   os.environ["IMAGEIO_FFMPEG_NO_PREVENT_SIGINT"] = "1"
   writer = imageio_ffmpeg.write_frames(
     str(temporary), (frames.shape[2], frames.shape[1]), fps=fps, codec="libx264", pix_fmt_out="yuv420p",
     quality=None, macro_block_size=1, ffmpeg_log_level="error",
     output_params=["-crf", str(crf), "-preset", "medium", "-movflags", "+faststart", "-threads", "1"],
   )
-  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
   try:
     writer.send(None)  # starts it
   finally:

@@ -146,6 +146,8 @@ def collectives(computations: Computations, times: dict[str, int], devices: int)
         whole /= 2
       elif kind == "reduce-scatter":
         whole = sum(size(types.get(o, "")) for o in i.operands) or whole * group
+      elif kind == "all-to-all":
+        whole *= group
       kind = "reduce-scatter" if kind == "all-reduce" and name.startswith("all-reduce-scatter") else kind
       channel = re.search(r"channel_id=(\d+)", i.rest)
       chained = channel and channel[1] != "1"  # 1: no channel of its own

@@ -49,6 +49,7 @@ def make_optimizer(
   weight_decay: float = 0.0,
   clip_norm: float | None = 1.0,
   betas: tuple[float, float] = (0.9, 0.999),
+  eps: float = 1e-8,
   value_lr_scale: float = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW on float32 moments: clip by global norm, Adam, decoupled weight decay on kernels (`NO_DECAY`), learning
@@ -77,7 +78,7 @@ def make_optimizer(
 
   adamw = optax.chain(
     optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-    optax.scale_by_adam(*betas),
+    optax.scale_by_adam(*betas, eps=eps),
     optax.add_decayed_weights(weight_decay, mask=lambda p: jax.tree_util.tree_map_with_path(decays, p))
     if weight_decay
     else optax.identity(),

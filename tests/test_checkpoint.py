@@ -307,6 +307,19 @@ def test_damage_is_found_and_the_one_before_named(tmp_path, damage):
     checkpoint.restore(tmp_path, abstract)
 
 
+def test_a_hole_in_a_large_file_is_found(tmp_path, monkeypatch):
+  for name, value in (("CHECKED_BYTES", 1000), ("BLOCK", 256), ("SAMPLED", 4)):
+    monkeypatch.setattr(checkpoint, name, value)
+  state = {"w": np.arange(1, 3001, dtype=np.float32)}
+  path = largest(checkpoint.save(tmp_path, 1, state))
+  whole = path.read_bytes()
+  checkpoint.restore(tmp_path, state)
+  for at in range(0, len(whole) - 1024, 512):
+    path.write_bytes(whole[:at] + bytes(1024) + whole[at + 1024 :])
+    with pytest.raises(checkpoint.CheckpointError, match="has other contents than were written"):
+      checkpoint.restore(tmp_path, state)
+
+
 def test_another_format_or_model(tmp_path):
   folder = checkpoint.save(tmp_path, 1, small())
   with pytest.raises(checkpoint.CheckpointError, match=r"w is float32\[5\], this run expects float32\[6\]"):

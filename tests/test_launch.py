@@ -251,10 +251,11 @@ def test_jobset_pods_form_one_run():
   assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] == int(env["NUM_PROCESSES"])
   assert replicated["replicas"] == 1 and job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
   # Status 75 of any pod fails the job for a reason of its own, by which the JobSet starts it again without counting.
-  (stopped,) = job["podFailurePolicy"]["rules"]
+  stopped, drained = job["podFailurePolicy"]["rules"]
   assert stopped["action"] == "FailJob" and stopped["onExitCodes"] == {
     "containerName": container["name"], "operator": "In", "values": [main.STOPPED]
   }
+  assert drained == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]}
   policy = jobset["spec"]["failurePolicy"]
   (again,) = policy["rules"]
   assert again == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}

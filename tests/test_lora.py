@@ -172,7 +172,10 @@ def test_adapters_of_peft_give_the_same_forward(tmp_path, targets, options):
   model.save_pretrained(tmp_path)
   loaded = lora_files.load(tmp_path, policy.config)
   assert loaded.lora.scale == (6 / 2 if options else 6 / 4) and loaded.value is None
-  names = [name.split(".lora_")[0].removeprefix(lora_files.PREFIX) for name in load_file(tmp_path / lora_files.WEIGHTS)]
+  stored = [name for name in load_file(tmp_path / lora_files.WEIGHTS) if ".lora_" not in name]
+  assert len(stored) == len(loaded.bases) == (targets is PUBLIC)  # where lm_head is adapted, its frozen weights too
+  names = [name.split(".lora_")[0].removeprefix(lora_files.PREFIX)
+           for name in load_file(tmp_path / lora_files.WEIGHTS) if name not in stored]  # fmt: skip
   assert {m.name for m in loaded.lora.modules} == set(names) - set(lora.unused(policy.config))
   out = forward(lora.wrap(policy, loaded.lora), lora_files.params_of(loaded, params))
   logits, value = torch_forward(model)
@@ -185,6 +188,10 @@ def test_adapters_of_peft_give_the_same_forward(tmp_path, targets, options):
   ours, theirs = load_file(again / lora_files.WEIGHTS), load_file(tmp_path / lora_files.WEIGHTS)
   assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
   assert bool(loaded.kept) is (targets is PUBLIC)
+  if loaded.bases:
+    other = {**params, "llm": {**params["llm"], "head": jax.tree.map(lambda x: x + 1, params["llm"]["head"])}}
+    with pytest.raises(CheckpointError, match="llm/head/table of the model that it was trained on"):
+      lora_files.params_of(loaded, other)
 
 
 def test_peft_takes_what_is_saved_here(tmp_path):

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from stare_jax import checkpoint, convert
-from tests import public_model, toy_run
+from stare_jax import checkpoint, convert, pipeline_policy
+from stare_jax.config import ConfigError
+from stare_jax.policies import openvla_files
+from tests import public_model, toy_lora_run, toy_run
 
 pytestmark = pytest.mark.multiprocess
 TOWERS = [public_model.DINO, public_model.SIGLIP]
@@ -65,6 +68,15 @@ def test_a_run_on_a_public_folder_saves_what_it_trains_and_resumes(tmp_path, toy
                              partial=True)[0]  # fmt: skip
   assert sum(np.any(np.asarray(x)) for x in after.values()) == len(trained)  # every adapter has moved from 0
   assert len(checkpoint.read_meta(saved)["base"]) == 64
+
+  # The same adapters scaled otherwise, or in other layers, would be a policy that nobody trained.
+  policy = SimpleNamespace(config=openvla_files.folder_config(folder))
+  for changed, word in ({"alpha": 8}, "alpha = 4"), ({"targets": r".*layers\.1\..*q_proj"}, "targets = 'all-linear'"):
+    config = toy_lora_run.get_config(str(folder))
+    pipeline_policy.check_adapters(saved, config, policy)
+    config.policy.lora.update(changed)
+    with pytest.raises(ConfigError, match=f"were trained with policy.lora.{word}"):
+      pipeline_policy.check_adapters(saved, config, policy)
 
   # The adapters for peft, and merged: the folder differs from its source in the adapted weights alone.
   adapter = convert.to_peft(saved, tmp_path / "adapter", source=folder)

@@ -188,6 +188,17 @@ def test_sigterm_on_one_stops_all_at_one_update_and_any_number_continues(tmp_pat
   same_run(tmp_path / "alone", double)
 
 
+@pytest.mark.slow
+def test_all_leave_a_data_set_where_one_is_asked_to_stop(tmp_path, env):
+  """Else a drained pod would wait for the others' share of all episodes, and be killed meanwhile."""
+  parts = lambda process: len(list((tmp_path / "run" / "data").glob(f"*/.parts-of-2/{process:05d}-*")))
+  with Together(tmp_path / "run", env, "--config.imitation.demonstrations=40000") as run:
+    run.wait_for(lambda: parts(0) >= 1)
+    run.processes[1].send_signal(signal.SIGTERM)
+    run.finish(main.STOPPED)
+  assert parts(0) < 40000 / 2 / 64 / 2
+
+
 def check_end(status: int, said: str, victim: int) -> None:
   """Of the process that was left alone; JAX aborts it when it is the first to miss its coordinator, process 0."""
   if victim == 0 and status == -signal.SIGABRT:

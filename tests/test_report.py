@@ -144,6 +144,16 @@ def test_tensorboard_has_one_run_per_phase_and_purges_on_resume(tmp_path):
   assert len(list((tmp_path / "tensorboard" / "imitation").iterdir())) == 1
 
 
+def test_a_full_disk_under_tensorboard_is_an_error(tmp_path):
+  """Its own writer's thread would end in silence, and the next rows would wait for it for ever."""
+  logger = report.MetricsLogger(tmp_path)
+  logger.log("imitation", 0, {"loss": 1.0})
+  logger._writers["imitation"]._py_recordio_writer._writer = open("/dev/full", "wb")
+  with pytest.raises(OSError, match="No space left"):
+    for step in range(1, 1000):
+      logger.log("imitation", step, {"loss": 1.0})
+
+
 def test_json_that_was_cut_short_is_named(tmp_path):
   path = report.write_json(tmp_path / "summary.json", {"a": [1, 2]})
   assert report.read_json(path) == {"a": [1, 2]}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stare_jax import compile_programs, policies, roofline, roofline_hlo, sharding, train
+from stare_jax import checkpoint, compile_programs, policies, roofline, roofline_hlo, sharding, train
 from stare_jax.policies import lora
 from tests import inspecting, nano_pod
 
@@ -168,6 +168,15 @@ def test_how_a_tpu_writes_its_programs():
   assert products == 0 and others == 7 * (links + layer + counter) + (512 + 128) * 64 * 2
 
 
+def test_an_all_to_all_counts_the_whole_array():
+  """As the other kinds do; its type is the piece of one device."""
+  text = "ENTRY %main {\n  %p = f32[8,64] parameter(0)\n" \
+         "  ROOT %out = f32[8,64] all-to-all(%p), channel_id=1, replica_groups=[1,4]<=[4]\n}\n"
+  computations, entry = roofline_hlo.parse(text)
+  (found,) = roofline_hlo.collectives(computations, roofline_hlo.runs(computations, entry, 1), 4)
+  assert found == ("all-to-all", 1, 4 * 8 * 64 * 4.0, 4)
+
+
 def test_text_that_is_no_program():
   with pytest.raises(ValueError, match="no ENTRY computation: expected a compiled module's as_text"):
     roofline_hlo.parse("nothing")
@@ -222,11 +231,12 @@ def test_cache_is_what_act_carries():
 
 def test_plan_of_a_gpu_names_what_does_not_fit():
   from configs import ipi
-  lora = compile_programs.plan(ipi.get_config("openvla_7b_lora"), "1xH100")
-  assert lora.count("fits") == 3 and "DOES NOT FIT" not in lora
+  lora, fits = compile_programs.plan(ipi.get_config("openvla_7b_lora"), "1xH100")
+  assert fits and lora.count("fits") == 3 and "DOES NOT FIT" not in lora
   alone = ipi.get_config("openvla_7b")
   alone.mesh.fsdp = 1
-  assert "DOES NOT FIT" in compile_programs.plan(alone, "1xH100")
+  text, fits = compile_programs.plan(alone, "1xH100")
+  assert "DOES NOT FIT" in text and not fits
   with pytest.raises(ValueError, match="devices '8xB9': expected a number and one of .*'H100'.* such as 8xH100"):
     compile_programs.plan(ipi.get_config("openvla_7b"), "8xB9")
 
@@ -234,6 +244,11 @@ def test_plan_of_a_gpu_names_what_does_not_fit():
 @pytest.mark.parametrize("changes, gpus, message", [
   ({}, "8xH100", "mesh: .*'fsdp': 16.* needs a multiple of 16 devices, this machine shows 8; change config.mesh"),
   ({"mesh.fsdp": -1}, "8xH100", r"mesh: only one axis may be -1, got \['data', 'fsdp'\]"),
+  ({"task": "pul_cube"}, "16xH100", 'unknown task "pul_cube"'),
+  ({"sim.num_envs": -8}, "16xH100", "sim.num_envs = -8: expected at least 1"),
+  ({"imitation.micro_batches": 0}, "16xH100", "imitation.micro_batches = 0: expected at least 1"),
+  ({"phases": ("imitaton",)}, "16xH100", 'unknown phase "imitaton"'),
+  ({"policy.checkpoint": "/nowhere"}, "16xH100", "/nowhere"),
   ({"mesh.fsdp": 24}, "24xH100", "an axis of .* does not divide over 24 fsdp devices"),
   ({"mesh.fsdp": 8, "interaction.micro_batches": 256}, "8xH100", "interaction.batch = 1024 does not divide over 8"),
 ])  # fmt: skip
@@ -243,7 +258,7 @@ def test_a_plan_refuses_what_a_run_would_refuse(changes, gpus, message):
   config.update_from_flattened_dict({"imitation.batch": 768 if gpus == "24xH100" else 1024} | changes)
   if gpus == "24xH100":
     config.phases = ("imitation",)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises((ValueError, checkpoint.CheckpointError), match=message):
     compile_programs.plan(config, gpus)
 
 
@@ -252,8 +267,8 @@ def test_a_plan_takes_the_rest_of_the_devices_as_a_run_does():
   from configs import ipi
   config = ipi.get_config("openvla_7b")
   config.mesh.update(data=1, fsdp=-1)
-  text = compile_programs.plan(config, "16xH100")
-  assert "SFT      64 rows per GPU" in text and "    1.75  parameters" in text and "DOES NOT FIT" not in text
+  text, fits = compile_programs.plan(config, "16xH100")
+  assert fits and "SFT      64 rows per GPU" in text and "    1.75  parameters" in text and "DOES NOT FIT" not in text
 
 
 # What a slice of chips needs beside the preset as it is written; docs/scaling.md has the same as a table.

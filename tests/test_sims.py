@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -205,6 +206,45 @@ def test_an_exception_is_an_event_and_repeated_ones_end_the_run():
     with pytest.raises(sims.SimulatorError, match="failed 2 times"):
       for _ in range(3):
         sim.reset([0], [0])
+
+
+def test_an_episode_that_fails_whenever_it_is_played_ends_the_run():
+  """Others are played meanwhile, so the worker never fails without an answer in between."""
+  bad = np.full((1, 7), 0.75, np.float32)
+  with toy(environment=f"{__name__}:Faulty") as sim:
+    for _ in range(3):  # another episode in between is no repetition
+      sim.reset([0, 1], [7, 1])
+      assert sim.step([0], bad).lost.all() and not sim.reset([0], [8]).lost.any()
+    with pytest.raises(sims.SimulatorError, match=rf"seeds \[7\].* lost {pools.MAX_LOSSES} times each"):
+      for _ in range(pools.MAX_LOSSES + 1):
+        assert not sim.reset([0], [7]).lost.any()
+        assert not sim.step([1], np.zeros((1, 7), np.float32)).lost.any()
+        assert sim.step([0], bad).lost.all()
+    assert sim.restarts == 3 + pools.MAX_LOSSES - 1
+
+
+def test_a_signal_to_all_processes_of_a_job_ends_no_worker_that_starts():
+  with toy(wait=False) as sim:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+      for env in (0, 1):
+        process_of(sim, env).send_signal(number)  # most likely before it has imported anything
+    assert not sim.reset(range(4), range(4)).lost.any() and sim.restarts == 0
+
+
+def test_a_job_that_was_suspended_loses_no_worker(monkeypatch):
+  real, first = pools.connection.wait, []
+
+  def wait(pipes, timeout):
+    if first:
+      return real(pipes, timeout)
+    first.append(time.sleep(timeout + 1.1))  # as if stopped meanwhile: longer than was asked for, and nothing heard
+    return []
+
+  with toy(timeout=1.0) as sim:
+    sim.reset(range(4), range(4))
+    monkeypatch.setattr(pools.connection, "wait", wait)
+    assert not sim.step(range(4), np.zeros((4, 7), np.float32)).lost.any()
+    assert first and sim.restarts == 0
 
 
 def test_a_hang_inside_a_step_and_the_others_go_on():

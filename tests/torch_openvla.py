@@ -165,6 +165,13 @@ class OpenVLA(nn.Module):
     heads = {f"fc{i}": nn.Linear(a, b, bias=b > 1) for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1)}
     self.value_head = nn.ModuleDict(heads)
 
+  # As public models have them, so that peft knows what is a table of words.
+  def get_input_embeddings(self) -> nn.Module:
+    return self.language_model.get_input_embeddings()
+
+  def get_output_embeddings(self) -> nn.Module:
+    return self.language_model.get_output_embeddings()
+
   def public_state(self) -> dict[str, np.ndarray]:
     """The public checkpoint's tensors, and beside them "value_head.*"."""
     return {name: x.detach().float().cpu().numpy() for name, x in self.state_dict().items()}

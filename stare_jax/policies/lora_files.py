@@ -6,7 +6,8 @@
 
 peft.PeftModel.from_pretrained takes what `save` writes, and `load` what peft writes. Adapters on modules that no output
 depends on ("all-linear" makes some) have no place here: `load` hands them back as they were, and `save` writes them
-again. A pickle is never opened.
+again. Where lm_head is adapted, peft stores its frozen weights as well: they must be the base's. A pickle is never
+opened.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ class Loaded(NamedTuple):
     lora: which modules, rank and scale.
     adapters: the "lora" part of the parameters, numpy float32.
     value: the "value" part, numpy, or None where the folder has no value head.
-    kept: {name: array as in the file} of adapters on modules that no output depends on; for `save`.
+    bases: {path of a parameter: its frozen weights as the file has them}, which `params_of` holds against the base's.
+    kept: {name: array as in the file} of these, and of adapters on modules that no output depends on; for `save`.
   """
 
   lora: Lora
   adapters: dict[str, Any]
   value: dict[str, Any] | None
+  bases: dict[str, np.ndarray]
   kept: dict[str, np.ndarray]
 
 
@@ -79,7 +82,7 @@ def save(
     raise CheckpointError(f"{folder} exists already; name a new folder, or remove that one")
   arrays = dict(_public(lora, jax.device_get(params["lora"])))
   arrays |= dict(kept or {})
-  modules = sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in arrays})
+  modules = sorted({_module(name) for name in arrays if ".lora_" in name})
   alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
   described = {
     "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base or None, "inference_mode": True,
@@ -122,7 +125,9 @@ def load(folder: str | os.PathLike, config: Config) -> Loaded:
   folder = pathlib.Path(folder)
   rank, alpha, rslora = _settings(folder)
   entries = {name: tensor_files.view(e) for name, e in tensor_files.read_header(folder / WEIGHTS).items()}
-  pairs, known = _pairs(folder, entries), {module.name: module for module in adapters.modules(config)}
+  stored = _stored(folder, config, entries)
+  pairs = _pairs(folder, {name: x for name, x in entries.items() if name not in stored})
+  known = {module.name: module for module in adapters.modules(config)}
   dead = adapters.unused(config)
   if unknown := [name for name in pairs if name not in known and name not in dead]:
     near = difflib.get_close_matches(unknown[0], [*known, *dead], n=1, cutoff=0.0)[0]
@@ -143,8 +148,9 @@ def load(folder: str | os.PathLike, config: Config) -> Loaded:
     target_a[at_a] = a.reshape(rank, -1).T
     target_b[at_b] = b.reshape(module.outputs, rank).T.reshape(target_b[at_b].shape)
   tree = names.nest({f"{'/'.join(path)}/{name}": x for path, pair in shapes.items() for name, x in zip("ab", pair)})
-  kept = {name: np.array(x) for name, x in entries.items() if _module(name) in dead}
-  return Loaded(lora, tree, _value(folder, config), kept)
+  kept = {name: np.array(x) for name, x in entries.items() if _module(name) in dead or name in stored}
+  bases = {tensor.path: names.from_public(tensor, kept[name]) for name, tensor in stored.items()}
+  return Loaded(lora, tree, _value(folder, config), bases, kept)
 
 
 def _settings(folder: pathlib.Path) -> tuple[int, float, bool]:
@@ -170,6 +176,18 @@ def _settings(folder: pathlib.Path) -> tuple[int, float, bool]:
 
 def _module(name: str) -> str:
   return name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+
+
+def _stored(folder: pathlib.Path, config: Config, entries: Mapping[str, np.ndarray]) -> dict[str, names.Tensor]:
+  """{name in the file: tensor} of the frozen tables that peft stores where adapters, or new words, touch them."""
+  tables = {t.name: t for t in names.tensors(config) if t.path in ("llm/embed/table", "llm/head/table")}
+  public = {name: name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in entries}
+  found = {name: tables[public[name]] for name in entries if public[name] in tables}
+  for name, tensor in found.items():
+    if entries[name].shape != tensor.shape:
+      raise CheckpointError(f"{folder / WEIGHTS}: {name} is {list(entries[name].shape)}, expected "
+                            f"{list(tensor.shape)}: it belongs to another network")
+  return found
 
 
 def _pairs(folder: pathlib.Path, entries: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -207,7 +225,13 @@ def params_of(loaded: Loaded, base: Any) -> dict[str, Any]:
   """{"base", "lora", "value"} of `lora.wrap(policy, loaded.lora)`: the folder's adapters on a backbone's parameters.
 
   base: as of `openvla_files.load`, shared and not copied; its value head serves where the folder has none.
+  Raises: CheckpointError where the folder has weights of its base that are not those of this one.
   """
+  for path, x in loaded.bases.items():
+    ours = names.leaf(base, path)
+    if not jnp.array_equal(ours, jnp.asarray(x, ours.dtype)):
+      raise CheckpointError(f"the adapter's file holds {path} of the model that it was trained on, and this base has "
+                            f"other values there: load it with its own base, or merge it there with peft first")
   full = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
   rest = {name: x for name, x in base.items() if name != "value"}
   value = base["value"] if loaded.value is None else loaded.value

@@ -105,7 +105,8 @@ def _fields(c: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
     "rms_eps": float(text["rms_norm_eps"]), "rope_theta": float(text["rope_theta"]), "bos": text["bos_token_id"],
     "eos": text["eos_token_id"], "pad": c["pad_token_id"], "bins": c["n_action_bins"],
     "action_end": text["vocab_size"] - c["pad_to_multiple_of"],
-    "template": VICUNA if str(c.get("llm_backbone_id", "")).startswith("vicuna") else SEVEN_B.template,
+    "template": c.get("prompt_template") or (
+      VICUNA if str(c.get("llm_backbone_id", "")).startswith("vicuna") else SEVEN_B.template),
     "resize": RESIZE[strategy],
   }  # fmt: skip
 
@@ -134,6 +135,9 @@ def _views(c: dict[str, Any], processor: dict[str, Any]) -> tuple[dict[str, Visi
                             f'config.json, under "vision_sizes" (see stare_jax.policies.openvla_config)')
     scale = processor["tvf_normalize_params"][i]
     mean, std = (tuple(float(x) for x in scale[k]) for k in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or not np.isfinite([mean, std]).all() or min(std) <= 0:
+      raise CheckpointError(f"preprocessor_config.json has mean {scale['mean']} and std {scale['std']}, expected three "
+                            f"finite numbers each, and std above 0")
     found[family] = dataclasses.replace(v, mean=mean, std=std)
     patches.append(patch)
   if list(found) not in (["dino"], ["siglip"], ["dino", "siglip"]) or len(found) != len(ids) or len({*patches}) != 1:
@@ -268,6 +272,8 @@ def config_json(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
   }  # fmt: skip
   if any(name not in TIMM for name in ids):
     c["vision_sizes"] = own
+  if config.template not in (VICUNA, SEVEN_B.template):
+    c["prompt_template"] = config.template
   scales = [{"inplace": False, "mean": list(v.mean), "std": list(v.std)} for v in config.views.values()]
   side = config.image_size
   return c, {

@@ -34,6 +34,9 @@ class Vision:
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Every size of the network, its vocabulary and its prompt.
@@ -101,6 +104,9 @@ class Config:
       raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
     if self.remat not in REMAT:
       raise ValueError(f"remat is {self.remat!r}: expected one of {', '.join(REMAT)}, see policies/layers.py")
+    for name in ("compute_dtype", "param_dtype"):
+      if getattr(self, name) not in DTYPES:
+        raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(DTYPES)}")
     if self.attention not in ("auto", "plain"):
       raise ValueError(f'attention is "{self.attention}": expected "auto" or "plain"')
     if not self.views:
@@ -113,8 +119,12 @@ class Config:
       raise ValueError("a vision transformer needs depth >= 2: the features are those of the second-to-last block")
     if self.resize not in images.STRATEGIES:
       raise ValueError(f"resize is {self.resize!r}; expected one of {', '.join(images.STRATEGIES)}")
-    if self.action_end > self.vocabulary:
-      raise ValueError(f"action ids end at {self.action_end}, beyond the vocabulary of {self.vocabulary}")
+    if self.bins < 2 or not self.bins <= self.action_end <= self.vocabulary:
+      raise ValueError(f"{self.bins} bins whose action ids end at {self.action_end}, in a vocabulary of "
+                       f"{self.vocabulary}: expected at least 2, and all of their ids in it")
+    for name in ("bos", "eos", "pad"):
+      if not isinstance(token := getattr(self, name), int) or not 0 <= token < self.vocabulary:
+        raise ValueError(f"{name} is {token!r}, expected a token id below {self.vocabulary}")
 
   @property
   def views(self) -> dict[str, Vision]:

@@ -32,6 +32,7 @@ from stare_jax.sims import Frame, SimulatorError
 from stare_jax.sims.worker import Slots
 
 _LOG = logging.getLogger(__name__)
+MAX_LOSSES = 5  # of one episode in a row, after which it is taken to fail whenever it is played
 _LOG_TAIL = 1500  # characters of a dead worker's output that an event carries
 
 
@@ -55,15 +56,20 @@ class _Worker:
     self.ready = False
     self.log = tempfile.TemporaryFile()
     ours, theirs = socket.socketpair()
-    self.process = subprocess.Popen(
-      [python or sys.executable, _BOOT, _PACKAGE, str(theirs.fileno()), str(memory_fd)],
-      pass_fds=(theirs.fileno(), memory_fd),
-      env=_environment_variables(num_workers, python),
-      stdin=subprocess.DEVNULL,
-      stdout=self.log,
-      stderr=subprocess.STDOUT,
-      start_new_session=True,  # signals meant for the learner's group end the learner, which then ends us
-    )
+    # Blocked signals are inherited: one sent to all processes of a job must not end a worker that is still starting.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+      self.process = subprocess.Popen(
+        [python or sys.executable, _BOOT, _PACKAGE, str(theirs.fileno()), str(memory_fd)],
+        pass_fds=(theirs.fileno(), memory_fd),
+        env=_environment_variables(num_workers, python),
+        stdin=subprocess.DEVNULL,
+        stdout=self.log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # signals meant for the learner's group end the learner, which then ends us
+      )
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     theirs.close()
     self.pipe = connection.Connection(ours.detach())
     with contextlib.suppress(OSError):  # already dead: `receive` will notice, and has what it wrote
@@ -177,6 +183,8 @@ class Pool:
     self._results: dict[int, Any] = {}  # env -> the answer, until `receive` takes it
     self._lost = np.zeros(num_envs, bool)
     self._failures = [0] * num_workers
+    self._seeds: dict[int, int] = {}  # env -> the seed of its episode
+    self._losses = [0] * num_envs  # how often in a row that episode was lost
     self._closed = False
     self._workers = [self._launch(index) for index in range(num_workers)]
     self._finalizer = weakref.finalize(self, _stop_all, self._workers, self._memory_fd)
@@ -266,6 +274,9 @@ class Pool:
     self._check_free(requests)
     by_worker: dict[int, list[tuple[int, Any]]] = {}
     for env, argument in requests.items():
+      if kind == "reset":
+        again = self._lost[env] and self._seeds.get(env) == argument[0]
+        self._seeds[env], self._losses[env] = argument[0], self._losses[env] if again else 0
       if kind == "reset" or kind == "restore":
         self._lost[env] = argument == b""
       if self._lost[env]:
@@ -293,9 +304,12 @@ class Pool:
     """Indices of the workers that have something to say; replaces those whose time is up."""
     limit = {i: self.timeout if self._workers[i].ready else self.start_timeout for i in waiting}
     pipes = {self._workers[i].pipe: i for i in waiting}
-    left = min(last[i] + limit[i] for i in waiting) - time.monotonic()
-    spoken = [pipes[pipe] for pipe in connection.wait(list(pipes), timeout=max(0.0, left))]
-    if not spoken:
+    began = time.monotonic()
+    left = max(0.0, min(last[i] + limit[i] for i in waiting) - began)
+    spoken = [pipes[pipe] for pipe in connection.wait(list(pipes), timeout=left)]
+    if not spoken and time.monotonic() - began > left + 1:  # stopped together, as Slurm suspends a job: wait anew
+      last.update(dict.fromkeys(waiting, time.monotonic()))
+    elif not spoken:
       for i in waiting:
         if time.monotonic() >= last[i] + limit[i]:
           self._replace(i, f"did not answer within {limit[i]:g} s")
@@ -339,13 +353,20 @@ class Pool:
     if self._failures[index] >= self.max_failures:
       self.close()
       raise SimulatorError(f"{event}\nIt failed {self.max_failures} times without one answer in between; giving up.")
+    losses = {env: self._losses[env] + 1 for env in worker.envs if env in self._pending}
+    if worst := [env for env, count in losses.items() if count >= MAX_LOSSES]:
+      self.close()
+      seeds = [self._seeds.get(env) for env in worst]
+      raise SimulatorError(f"{event}\nThe episodes of seeds {seeds}, which it plays side by side, were lost "
+                           f"{MAX_LOSSES} times each. An episode depends on its seed and actions alone, so one of them "
+                           f"fails whenever it is played; giving up. The output above says what fails")
     self.restarts += 1
     self.events.append(event)
     _LOG.warning("%s\nreplaced; the episodes of environments %s are discarded", event, worker.envs)
     for env in worker.envs:
       self._lost[env] = True
       if self._pending.pop(env, None):
-        self._results[env] = _LOST
+        self._results[env], self._losses[env] = _LOST, losses[env]
     self._workers[index] = self._launch(index)
 
   def _wait_until_ready(self) -> None:
