@@ -265,7 +265,7 @@ def _no_space(directory: pathlib.Path, step: int, table: Mapping[str, Any]) -> C
   left = "there is no earlier one" if (old := latest(directory)) is None else f"step {old} is complete and untouched"
   return CheckpointError(
     f"disk full: checkpoint {step} needs about {_size(table) / 2**20:.0f} MiB in {directory}, where "
-    f"{shutil.disk_usage(directory).free / 2**20:.0f} MiB are free. Nothing was lost: {left}. Free some "
+    f"{shutil.disk_usage(directory).free / 2**20:.0f} MiB are free. No checkpoint was lost: {left}. Free some "
     f"space (or give a --workdir on another disk) and run the same command again"
   )
 

@@ -27,13 +27,6 @@ SMALLER = "use smaller micro-batches, more devices or LoRA"
 PARTS = {"imitation": "SFT", "preference": "StA-TPO", "interaction": "StA-PPO", "act": "act"}
 
 
-def check(config: Any) -> None:
-  """Raises ConfigError where a run would refuse the configuration, whatever the machine."""
-  if "policy" not in config:
-    raise ConfigError("this configuration is not one of a run: give one such as configs/ipi.py:openvla_7b")
-  check_fields(config)
-
-
 def make_policy(config: Any) -> policies.Policy:
   """The policy of a configuration, without adapters, from shapes: tokenizer and statistics change none."""
   c, options = config.policy, resolved(config).policy.options.to_dict()
@@ -214,7 +207,7 @@ def report(config: Any, name: str, programs: Sequence[str], path: str = "") -> l
 
   Raises: ConfigError for what a run would refuse; RuntimeError where a program does not fit into a chip's memory.
   """
-  check(config)
+  check_fields(config)
   if "suites" in config and tuple(programs) != ("act",):
     raise ConfigError("an evaluation trains nothing: add --program=act")
   policy = make_policy(config)
@@ -260,7 +253,7 @@ def plan(config: Any, text: str) -> tuple[str, bool]:
   gpus = [name for name in roofline.CHIPS if not name.startswith("v")]
   if found is None or found[2] not in gpus or int(found[1]) < 1:
     raise ValueError(f"devices {text!r}: expected a number and one of {gpus}, such as 8xH100")
-  check(config)
+  check_fields(config)
   if "suites" in config:
     raise ConfigError("an evaluation trains nothing, and a plan is of updates: see --topology and --program=act")
   devices, chip = int(found[1]), roofline.CHIPS[found[2]]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+PHASES = ("imitation", "preference", "interaction")
 AT_LEAST_1 = (
   "sim.horizon", "sim.num_envs", "sim.image_size", "imitation.demonstrations", "imitation.updates", "imitation.batch",
   "imitation.checkpoint_every", "preference.starts", "preference.samples", "preference.updates", "preference.batch",
@@ -19,9 +21,14 @@ AT_LEAST_1 = (
 )  # fmt: skip
 AT_LEAST_0 = (
   "seed", "imitation.expert_noise", "imitation.hp.smoothing_sigma", "preference.margin", "interaction.target_kl",
-  "interaction.critic_warmup", "interaction.offset", "report.videos",
+  "interaction.critic_warmup", "interaction.offset", "report.videos", "interaction.success_reward",
+  "interaction.hp.policy_weight", "interaction.hp.value_weight", "interaction.hp.kl_weight",
+  "interaction.hp.entropy_weight", "preference.hp.cost_weight", "preference.hp.chosen_weight",
+  *(f"{phase}.optimiser.{name}" for phase in PHASES for name in ("weight_decay", "warmup_steps")),
+  "interaction.optimiser.value_lr_scale",
 )  # fmt: skip
-ABOVE_0 = ("preference.hp.beta", "interaction.hp.clip")
+ABOVE_0 = ("preference.hp.beta", "interaction.hp.clip", "sim.timeout",
+           *(f"{phase}.optimiser.{name}" for phase in PHASES for name in ("learning_rate", "clip_norm")))
 OPEN_OR_ABOVE_0 = ("interaction.hp.clip_high", "interaction.hp.value_clip", "interaction.hp.huber_delta")
 AT_MOST_1 = ("interaction.hp.discount", "interaction.hp.lam")  # and at least 0
 CHOICES = {
@@ -32,7 +39,6 @@ CHOICES = {
   "imitation.optimiser.schedule": ("constant", "cosine"), "preference.optimiser.schedule": ("constant", "cosine"),
 }  # fmt: skip
 STOPPED = 75  # exit status (EX_TEMPFAIL): what starts runs may start this one again, which 0 would call finished
-PHASES = ("imitation", "preference", "interaction")
 OF_A_CHECKPOINT = (  # fields of the policy's configuration that a public checkpoint decides
   "image_size", "patch_size", "dino", "siglip", "projector", "llm_width", "llm_depth", "llm_head_size", "llm_mlp",
   "vocabulary", "action_end", "bins", "action_size", "bos", "eos", "start", "pad", "template", "word_tokenizer",
@@ -73,7 +79,7 @@ def parse_arg(arg: str, presets: Mapping[str, Any], **defaults: Any) -> tuple[st
       if preset != "default":
         raise ConfigError(f'two presets, "{preset}" and "{key}": name one')
       if position > 0:
-        first = ",".join([key, *(part for part in parts if part != key)])
+        first = ",".join([key, *(part for part in parts if part not in presets)])
         raise ConfigError(f'the preset "{key}" has to come first: write "{first}"')
       preset = key
     elif key not in defaults:
@@ -97,6 +103,13 @@ def _validate_ranges(c: Any) -> None:
     (ABOVE_0, lambda x: x > 0, "more than 0"), (AT_MOST_1, lambda x: 0 <= x <= 1, "0 to 1"),
     (OPEN_OR_ABOVE_0, lambda x: x is None or x > 0, "more than 0, or None"),
   ]  # fmt: skip
+  numbers = {"": c}
+  while numbers:  # nan would pass every comparison that is written the wrong way round
+    name, x = numbers.popitem()
+    if hasattr(x, "items"):
+      numbers |= {f"{name}.{key}".lstrip("."): value for key, value in x.items()}
+    elif isinstance(x, float) and not math.isfinite(x):
+      raise ConfigError(f"{name} = {x}: expected a finite number")
   for fields, good, words in wanted:
     for field in fields:
       if not good(value := _at(c, field)):
@@ -134,7 +147,7 @@ def _validate_policy(c: Any) -> None:
   elif c.policy.unnorm_key:
     raise ConfigError(f'policy.unnorm_key = "{c.policy.unnorm_key}" names statistics of a public checkpoint, and '
                       f"policy.checkpoint is empty: name its folder, or leave unnorm_key empty")
-  elif c.sim.image_size % patch:
+  elif patch is not None and (patch < 1 or c.sim.image_size % patch):
     raise ConfigError(f"sim.image_size = {c.sim.image_size} is not a multiple of policy.options.patch_size = {patch}")
   training = () if "suites" in c else [p for p in c.phases if p != "imitation"]
   if options.get("faithful") and training:
@@ -192,6 +205,11 @@ def _validate_training(c: Any) -> None:
   if c.interaction.optimiser.schedule != "constant":
     raise ConfigError(f'interaction.optimiser.schedule = "{c.interaction.optimiser.schedule}": expected "constant"; '
                       f"its learning rate follows target_kl, and a run may be extended")
+  for phase in c.phases:
+    betas = tuple(c[phase].optimiser.get("betas", (0.9, 0.999)))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+      raise ConfigError(f"{phase}.optimiser.betas = {betas}: expected two numbers from 0 to less than 1, such as "
+                        f"(0.9, 0.999)")
   for phase in [p for p in c.phases if p != "interaction"]:
     total, optimiser = c[phase].updates, c[phase].optimiser
     if optimiser.schedule == "cosine" and optimiser.warmup_steps >= total:
@@ -209,7 +227,7 @@ def validate(c: Any, task_names: Callable[[], Sequence[str]]) -> None:
     raise ConfigError(f'unknown task "{c.task}": {suggest(c.task, tuple(task_names()))}')
   for phase in c.phases:
     if phase not in PHASES:
-      raise ConfigError(f'unknown phase "{phase}" in phases: {suggest(phase, PHASES)}')
+      raise ConfigError(f'unknown phase "{phase}" in phases: {suggest(str(phase), PHASES)}')
   if list(c.phases) != [p for p in PHASES if p in c.phases]:
     raise ConfigError(f"phases = {tuple(c.phases)}: expected an ordered selection of {PHASES}")
   if not c.phases:

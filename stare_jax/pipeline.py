@@ -35,6 +35,7 @@ from stare_jax import (
   processes,
   report,
   report_suites,
+  sharding,
   sims,
   stages,
   suites,
@@ -83,6 +84,18 @@ def demonstrations(run: Run) -> list[Episode]:
   return kept
 
 
+def check_demonstrations(steps: int, c: Any, shards: int) -> None:
+  """A batch holds all steps where there are fewer; raises ConfigError where those cannot be cut as it would be."""
+  if steps >= c.batch:
+    return
+  parts = c.micro_batches * shards
+  if steps % parts:
+    raise ConfigError(f"imitation.batch = {c.batch}, and {steps} steps were demonstrated, which do not divide into "
+                      f"{parts} parts: choose a batch of at most {steps // parts * parts}, or more "
+                      f"imitation.demonstrations (now {c.demonstrations})")
+  log.info("imitation: batches of all %d demonstrated steps, not of imitation.batch = %d", steps, c.batch)
+
+
 def imitation(run: Run) -> Any:
   """SFT on demonstrations (METHOD: Imitation)."""
   c = run.config.imitation
@@ -90,6 +103,7 @@ def imitation(run: Run) -> Any:
   actions = np.concatenate([episode.actions for episode in episodes])
   run.use_statistics(run.folder_statistics or policies.ActionStats.from_actions(actions))
   images = batching.Rows([episode.images for episode in episodes])  # all of them need not fit into memory
+  check_demonstrations(len(images), c, sharding.batch_shards(run.mesh))
   tokens = run.policy.tokenize(actions)
   tx, update = pipeline_updates.imitation(run.policy, c, run.mesh, run.param_axes)
   trained = dict(mesh=run.mesh, param_axes=run.param_axes, trainable=run.policy.trainable)
@@ -196,6 +210,8 @@ def evaluation(
   picked = evaluate.pick_samples(staged, run.config.report.videos)
   frames = images([*picked, *range(min(show, len(staged)))])
   result |= {"simulator": run.config.sim.name, "digest": digest}
+  if label in PHASES:
+    result["after"] = checkpoint.latest(checkpoint_dir(run, label))  # updates, or iterations
   if not processes.first():
     return result
   if show:
@@ -289,7 +305,8 @@ def summarise(run: Run, params: Any, command: str, seconds: float) -> dict:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the last three may be another Python's
       versions[name] = importlib.metadata.version(name)
   return {
-    "task": run.task.name, "preset": run.config.preset, "seed": run.config.seed,
+    "task": run.task.name, "method": run.config.get("method", "ipi"), "preset": run.config.preset,
+    "seed": run.config.seed,
     "phases": {phase: run.results[phase] for phase in PHASES if phase in run.results},
     "params_sha256": run.base.sha256(run.policy, params), "parameters": sum(x.size for x in jax.tree.leaves(params)),
     "config": json.loads(run.config.to_json_best_effort()),

@@ -78,6 +78,8 @@ def check_config(config: Any) -> None:
 
 def check_fields(config: Any) -> Any:
   """`resolved`, or a ConfigError for fields that no run could have, on whatever machine."""
+  if "policy" not in config:
+    raise ConfigError("this configuration is not one of a run: give one such as configs/ipi.py")
   config = resolved(config)
   validate(config, tasks.names)
   return config

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stare_jax import evaluate, pipeline, processes, report_suites, suites
+from stare_jax import checkpoint, evaluate, pipeline, processes, report_suites, suites
 from stare_jax.pipeline_check import check, chosen_suites
 from stare_jax.pipeline_policy import for_acting_alone
 from stare_jax.pipeline_run import Run, starting_folder, starting_params
@@ -37,9 +37,10 @@ def run(
   pipeline.open_folder(this)
   folder = starting_folder(this, PHASE)
   began, rows, found = time.monotonic(), [], {}
+  meta = checkpoint.read_meta(folder) if folder else {}
   about = dict(
-    task=this.task.name, checkpoint=str(folder or config.policy.checkpoint), seeds=config.suites.seeds,
-    episodes=this.config.evaluation.episodes, horizon=this.config.sim.horizon,
+    task=this.task.name, checkpoint=str(folder or config.policy.checkpoint), after=meta.get("iteration"),
+    seeds=config.suites.seeds, episodes=this.config.evaluation.episodes, horizon=this.config.sim.horizon,
     temperature=this.config.evaluation.temperature, command=command,
   )  # fmt: skip
   try:

@@ -56,7 +56,9 @@ def _choose_videos(samples: Sequence[dict]) -> dict[pathlib.Path, str]:
 
 def _page(run: Run, videos: Mapping[pathlib.Path, str]) -> str:
   here = pathlib.Path(__file__).parent
-  title = f"{_task(run)} · stare_jax"
+  named = [str(run.summary[name]) for name in ("method", "preset") if name in run.summary]
+  named += [f"seed {run.summary['seed']}"] if "seed" in run.summary else []
+  title = " · ".join([_task(run), *named, "stare_jax"])
   sections = [
     ("outcome", "Outcome", _outcome(run)),
     ("stages", "Stages", _stages(run)),
@@ -88,7 +90,7 @@ def _instruction(run: Run) -> str:
 
 
 def _header(run: Run) -> str:
-  facts = [f"{name} {run.summary.get(name, run.config.get(name))}" for name in ("preset", "seed")
+  facts = [f"{name} {run.summary.get(name, run.config.get(name))}" for name in ("method", "preset", "seed")
            if run.summary.get(name, run.config.get(name)) is not None]
   simulator = run.config.get("sim", {}).get("name", "maniskill")
   if simulator != "maniskill":  # figures of two simulators are never compared by mistake
@@ -98,9 +100,13 @@ def _header(run: Run) -> str:
   trained = " → ".join(p.capitalize() for p in run.phases)
   instruction = _instruction(run)
   waiting = [p for p in run.config.get("phases", ()) if p not in run.evaluations]
-  unfinished = "" if run.summary and not waiting else (
+  last = {p: max((row.get("step", 0) for row in run.rows.get(p, ())), default=0) for p in run.evaluations}
+  behind = [f"{p} evaluated after step {e['after']} of the {last[p]} that it has by now"
+            for p, e in run.evaluations.items() if is_number(e.get("after")) and e["after"] < last[p]]
+  left = ([f"{', '.join(waiting)} not evaluated yet"] if waiting else []) + behind
+  unfinished = "" if run.summary and not left else (
     '<p class="banner">This run is still going or was stopped'
-    + (f": {esc(', '.join(waiting))} not evaluated yet" if waiting else ": it has no summary yet")
+    + (f": {esc('; '.join(left))}" if left else ": it has no summary yet")
     + ". The page shows what it has written so far.</p>"
   )
   return (

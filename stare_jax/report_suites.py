@@ -115,7 +115,8 @@ def protocol(found: Mapping[str, Any]) -> str:
   run = [r for r in found["rows"] if "not_run" not in r]
   starts = f", {run[0]['distinct_starts']} distinct starts in each" if run else ""
   seeds = "1 evaluation seed" if found["seeds"] == 1 else f"{found['seeds']} evaluation seeds"
-  return (f"{found['task']}, {found['checkpoint'] or 'untrained parameters'}: {seeds} of "
+  after = f" after {found['after']} of its steps" if found.get("after") else ""
+  return (f"{found['task']}, {found['checkpoint'] or 'untrained parameters'}{after}: {seeds} of "
           f"{found['episodes']} episodes{starts}, {found['horizon']} steps, {acting}. Brackets: 95 % intervals, Wilson "
           f"of a rate, Newcombe of a difference to in-distribution.")
 

@@ -176,6 +176,10 @@ def main(argv: list[str]) -> None:
     fail("expected --config=configs/study.py --workdir=DIR and settings as flags, such as --config.seeds='(0,1)'"
          + (f"; got {argv[1:]}" if len(argv) > 1 else ""))
   config, workdir = FLAGS.config, pathlib.Path(FLAGS.workdir)
+  if "base" not in config:
+    fail("this configuration is not one of a study: give one such as configs/study.py")
+  if workdir.exists() and not workdir.is_dir():
+    fail(f"--workdir={workdir} is a file: name a folder")
   try:
     cells = study_cells.make(config, workdir, load_base(config.base))
   except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
@@ -190,6 +194,11 @@ def main(argv: list[str]) -> None:
     runner.run()
   elif not any(cell.finished() for cell in cells) and any(workdir.glob("*/*/seed*/summary.json")):
     fail(f"{workdir} holds finished runs, but none of this study: give the settings with which it was run")
+  if others := [cell for cell in runner.failed if (cell.folder / "summary.json").exists()]:
+    log.info("%d of %d cells failed, of which these finished before with other settings: %s\nThe tables are left as "
+             "they are; give the settings of before, or another --workdir", len(runner.failed), len(cells),
+             ", ".join(map(str, others)))  # fmt: skip
+    sys.exit(1)
   written = study_report.write(workdir, config, cells)
   print("\n".join(["Results:", *map(str, written)]))
   if runner.failed:

@@ -132,6 +132,8 @@ def make(c: Any, workdir: pathlib.Path, base: Any) -> list[Cell]:
   Raises: ConfigError for a cell that could not run.
   """
   cells = []
+  if len({*c.seeds}) != len(c.seeds):
+    raise ConfigError(f"seeds = {tuple(c.seeds)}: expected each of them once")
   for seed in c.seeds:
     for task in c.tasks:
       start = make_cell(c, workdir, base, task, START, seed, None)

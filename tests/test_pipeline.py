@@ -18,6 +18,7 @@ import pytest
 
 from stare_jax import dataset, losses, pipeline, pipeline_pairs, pipeline_run, pipeline_updates, suites, tasks, train
 from stare_jax.checkpoint import config_digest, save
+from stare_jax.config import ConfigError
 from stare_jax.episode import SIGNAL_SIZE, Episode, StagedEpisode
 from stare_jax.pipeline import evaluation_fields
 from stare_jax.pipeline_interaction import advantages, rollout_metrics, training_seeds, whole_episodes
@@ -38,6 +39,14 @@ def test_minibatches_cover_every_item_each_epoch():
     seen = np.concatenate(batches[4 * epoch : 4 * epoch + 4])
     assert len(set(seen.tolist())) == 20 and seen.min() >= 0 and seen.max() < n
   assert set(np.concatenate(batches).tolist()) == set(range(n))
+
+
+def test_fewer_steps_than_a_batch_are_told_before_anything_is_compiled():
+  c = ml_collections.ConfigDict(dict(batch=4096, micro_batches=4, demonstrations=8))
+  pipeline.check_demonstrations(4096, c, shards=2)
+  pipeline.check_demonstrations(248, c, shards=2)
+  with pytest.raises(ConfigError, match="250 steps were demonstrated.* a batch of at most 248, or more"):
+    pipeline.check_demonstrations(250, c, shards=2)
 
 
 def test_a_minibatch_depends_on_its_number_alone():
@@ -357,7 +366,8 @@ def test_a_checkpoint_under_suites_resumed(tmp_path, toy_environment, uninterrup
   found = {path.stem: json.loads(path.read_text()) for path in sorted((workdir / "evaluations").glob("*.json"))}
   run = ("image_noise", "in_distribution", "instruction")  # what the toy can change
   assert list(found) == [f"{name}-{seed}" for name in run for seed in (0, 1)]
-  skipped = {"label", "digest", "seconds", "told"}
+  assert json.loads((workdir / "suites.json").read_text())["after"] == of_run["after"] > 0
+  skipped = {"label", "digest", "seconds", "told", "after"}
   compared = {name: value for name, value in of_run.items() if name not in skipped}
   assert {name: found["in_distribution-0"][name] for name in compared} == compared
   assert found["in_distribution-1"]["seeds"][0] == of_run["seeds"][1] + 1
