@@ -5,8 +5,8 @@
 
 A checkpoint is written under a name that begins with a dot, made durable, and renamed: a folder named by a number is
 complete, and a process killed at any point leaves the previous ones as they were. `checkpoint.json` holds the size and
-CRC-32 of every file (of large ones, of a 32nd of their blocks), so a copy that broke off later, or has holes, is found
-out before anything is read into a run.
+CRC-32 of every file (of large ones, of a 32nd of their blocks), so a copy that broke off later, or has large holes, is
+found out before anything is read into a run.
 
 State is any tree of device arrays (sharded as they are), numpy arrays, numbers and random keys; meta is any JSON:
 phase, iteration, counters, seeds, data cursors.

@@ -28,8 +28,9 @@ AT_LEAST_0 = (
   "interaction.optimiser.value_lr_scale",
 )  # fmt: skip
 ABOVE_0 = ("preference.hp.beta", "interaction.hp.clip", "sim.timeout",
-           *(f"{phase}.optimiser.{name}" for phase in PHASES for name in ("learning_rate", "clip_norm")))
-OPEN_OR_ABOVE_0 = ("interaction.hp.clip_high", "interaction.hp.value_clip", "interaction.hp.huber_delta")
+           *(f"{phase}.optimiser.learning_rate" for phase in PHASES))
+OPEN_OR_ABOVE_0 = ("interaction.hp.clip_high", "interaction.hp.value_clip", "interaction.hp.huber_delta",
+                   *(f"{phase}.optimiser.clip_norm" for phase in PHASES))
 AT_MOST_1 = ("interaction.hp.discount", "interaction.hp.lam")  # and at least 0
 CHOICES = {
   "preference.pairs": ("stage", "trajectory"), "interaction.critic": ("state", "policy"),
@@ -93,8 +94,8 @@ def parse_arg(arg: str, presets: Mapping[str, Any], **defaults: Any) -> tuple[st
   return preset, values
 
 
-def _at(c: Any, field: str) -> Any:
-  return functools.reduce(getattr, field.split("."), c)
+def _at(c: Any, field: str, *default: Any) -> Any:
+  return functools.reduce(lambda x, name: getattr(x, name, *default), field.split("."), c)
 
 
 def _validate_ranges(c: Any) -> None:
@@ -108,11 +109,12 @@ def _validate_ranges(c: Any) -> None:
     name, x = numbers.popitem()
     if hasattr(x, "items"):
       numbers |= {f"{name}.{key}".lstrip("."): value for key, value in x.items()}
-    elif isinstance(x, float) and not math.isfinite(x):
+    elif isinstance(x, float) and not math.isfinite(x) and not name.endswith(".clip_norm"):
       raise ConfigError(f"{name} = {x}: expected a finite number")
   for fields, good, words in wanted:
     for field in fields:
-      if not good(value := _at(c, field)):
+      value = _at(c, field, None)  # a configuration of one's own need not have what may be left open
+      if (value is None and fields is not OPEN_OR_ABOVE_0) or not good(value):
         raise ConfigError(f"{field} = {value}: expected {words}")
 
 
@@ -123,7 +125,8 @@ def _validate_batches(c: Any) -> None:
   if rollout % c.interaction.batch:
     raise ConfigError(f"interaction.batch = {c.interaction.batch} does not divide a rollout of sim.num_envs x "
                       f"interaction.steps = {c.sim.num_envs} x {c.interaction.steps} = {rollout} steps")
-  if c.interaction.target_kl and c.interaction.epochs == 1 and c.interaction.batch == rollout:
+  one_update = c.interaction.epochs == 1 and c.interaction.batch == rollout
+  if "interaction" in c.phases and c.interaction.target_kl and one_update:
     raise ConfigError(f"interaction.target_kl = {c.interaction.target_kl} follows the KL that an iteration's later "
                       f"updates see, and interaction.batch = {rollout}, all steps of a rollout, with one epoch is a "
                       f"single update: choose a smaller batch, more epochs, or target_kl = 0")

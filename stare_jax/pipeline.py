@@ -91,8 +91,9 @@ def check_demonstrations(steps: int, c: Any, shards: int) -> None:
   parts = c.micro_batches * shards
   if steps % parts:
     raise ConfigError(f"imitation.batch = {c.batch}, and {steps} steps were demonstrated, which do not divide into "
-                      f"{parts} parts: choose a batch of at most {steps // parts * parts}, or more "
-                      f"imitation.demonstrations (now {c.demonstrations})")
+                      f"{parts} parts: "
+                      + (f"choose a batch of {steps // parts * parts}, or " if steps >= parts else "choose ")
+                      + f"more imitation.demonstrations (now {c.demonstrations})")
   log.info("imitation: batches of all %d demonstrated steps, not of imitation.batch = %d", steps, c.batch)
 
 

@@ -197,6 +197,8 @@ def learn(run: Run, update: train.Update, state: Any, data: dict[str, Any], i: i
   """The epochs of one iteration: critic alone at first, early stop and step size by the KL to the rollout's policy."""
   c, total = run.config.interaction, len(data["tokens"])
   state = train.set_learning_rate_scale(state, policy_scale=0.0 if i < c.critic_warmup else 1.0)
+  if i == c.critic_warmup > 0:
+    state = train.restart_moments(state)
   logged: list[dict[str, float]] = []
   for epoch in range(c.epochs):
     order = np.random.default_rng([run.config.seed, i, epoch]).permutation(total)

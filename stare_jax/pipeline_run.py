@@ -328,7 +328,7 @@ def gather(
       check_collected(path, dataset.open(path)[1], fields, run.never_run)
       break
   make_collector = lambda bar: run.collector(make_actor(), progress=bar, **options)
-  pipeline_together.collect(folder, chunks, make_collector, fields)
+  pipeline_together.collect(folder, chunks, make_collector, fields, run.check_here)
   with pipeline_together.episodes_bar(f"{name} rollouts", len(starts)) as bar:
     collector = None
     for i, chunk in enumerate(chunks):

@@ -70,16 +70,25 @@ def events(here: Sequence[str]) -> list[str]:
 # Episodes ---------------------------------------------------------------------------------------------------
 
 
-def _everyones(collect: Callable[[], Any]) -> list[Any]:
+def _everyones(collect: Callable[[], Any], check: Callable[[], None]) -> list[Any]:
   """What `collect` gives in each process. Where one is asked to stop, all do."""
   try:
     part = collect()
   except Stop:
     part = None
-  processes.meet()
+  processes.meet(lambda: _asks(check))
   if processes.any_of(part is None):
     raise Stop
   return processes.everyone(part)
+
+
+def _asks(check: Callable[[], None]) -> bool:
+  """Whether a `Collector.check` raises `Stop`."""
+  try:
+    check()
+  except Stop:
+    return True
+  return False
 
 
 def share(starts: Sequence[Start]) -> Sequence[Start]:
@@ -97,7 +106,7 @@ def rows(collector: Collector, start_of: Callable[[int, int], Start], steps: int
   if processes.count() == 1:
     return collector.rows(start_of, steps)
   first = processes.index() * collector.sim.num_envs
-  parts = _everyones(lambda: collector.rows(lambda env, j: start_of(first + env, j), steps))
+  parts = _everyones(lambda: collector.rows(lambda env, j: start_of(first + env, j), steps), collector.check)
   return [row for part in parts for row in part]
 
 
@@ -117,7 +126,7 @@ def episodes(
     mine.extend(collector.episodes(share(starts)))
     return [dataclasses.replace(episode, images=episode.images[:0]) for episode in mine]
 
-  found = _merged(_everyones(collect))
+  found = _merged(_everyones(collect, collector.check))
 
   def images(wanted: Sequence[int]) -> dict[int, np.ndarray]:
     n, me = processes.count(), processes.index()
@@ -128,8 +137,9 @@ def episodes(
 
 
 def collect(
-  folder: pathlib.Path, chunks: Sequence[Sequence[Start]], make_collector: Callable[[Any], Collector], fields: Any
-) -> None:
+  folder: pathlib.Path, chunks: Sequence[Sequence[Start]], make_collector: Callable[[Any], Collector], fields: Any,
+  check: Callable[[], None],
+) -> None:  # fmt: skip
   """Makes the chunks of a data set that are not there yet, the same files that one process would write.
 
   Each process plays its share of all of them and keeps it in files of its own, so that a run that is killed on the way
@@ -141,19 +151,20 @@ def collect(
   path = lambda i: folder / f"{i:05d}.episodes"
   missing = processes.agreed([i for i in range(len(chunks)) if not path(i).exists()])
   if missing:
-    _collect_missing(folder, {path(i): chunks[i] for i in missing}, make_collector, fields)
+    _collect_missing(folder, {path(i): chunks[i] for i in missing}, make_collector, fields, check)
   for i in range(len(chunks)):
     processes.appear(path(i))
 
 
 def _collect_missing(
-  folder: pathlib.Path, missing: Mapping[pathlib.Path, Sequence[Start]], make_collector: Callable, fields: Any
-) -> None:
+  folder: pathlib.Path, missing: Mapping[pathlib.Path, Sequence[Start]], make_collector: Callable, fields: Any,
+  check: Callable[[], None],
+) -> None:  # fmt: skip
   n = processes.count()
   own = {"digest": checkpoint.config_digest(fields), "processes": n, "chunks": [path.stem for path in missing]}
   parts = folder / f".parts-of-{n}"
   mine = share([start for chunk in missing.values() for start in chunk])
-  _everyones(lambda: _collect_parts(parts, mine, make_collector, own))
+  _everyones(lambda: _collect_parts(parts, mine, make_collector, own), check)
   if processes.first():
     _assemble(parts, [(path, len(chunk)) for path, chunk in missing.items()], fields)
     for stale in folder.glob(".parts-of-*"):  # these, and what a launch of other processes left

@@ -11,6 +11,7 @@ coordinator as soon as process 0 is dead. None waits for ever.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import glob
@@ -25,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import jax
@@ -95,8 +97,10 @@ def initialize(address: str, num_processes: int, process_id: int, *, heartbeat: 
   late = threading.Timer(TOGETHER - 10, _missing, [address])  # after `TOGETHER` JAX aborts, with a stack and no advice
   late.daemon = True
   late.start()
-  jax.distributed.initialize(**options, initialization_timeout=TOGETHER)
-  late.cancel()
+  try:
+    jax.distributed.initialize(**options, initialization_timeout=TOGETHER)
+  finally:
+    late.cancel()
   if count() > 1:
     # The first exchange connects the devices, on CPUs with 30 seconds of patience: start it together.
     distributed.global_state.client.wait_at_barrier("stare_jax", 1000 * TOGETHER)
@@ -158,10 +162,20 @@ def any_of(flag: bool) -> bool:
   return bool(flag) if count() == 1 else bool(np.any(multihost_utils.process_allgather(np.int32(bool(flag)))))
 
 
-def meet() -> None:
-  """Waits for the processes that still are in their own time, for hours; an exchange gives up after half an hour."""
-  if count() > 1:
-    distributed.global_state.client.wait_at_barrier(f"meeting {next(_meetings)}", 1000 * LONGEST_ROLLOUT)
+def meet(asked: Callable[[], bool]) -> None:
+  """Waits for the processes that still are in their own time, for hours; an exchange gives up after half an hour.
+
+  asked: whether this process was asked to end, meanwhile too; the others are then told.
+  """
+  if count() == 1:
+    return
+  wait = distributed.global_state.client.wait_at_barrier
+  with concurrent.futures.ThreadPoolExecutor(1) as aside:  # signals are heard between two calls of the main thread
+    there = aside.submit(wait, f"meeting {next(_meetings)}", 1000 * LONGEST_ROLLOUT)
+    while not concurrent.futures.wait([there], timeout=0.5).done:
+      if asked():
+        stop()
+    there.result()
 
 
 def barrier(name: str) -> None:
@@ -218,6 +232,14 @@ class Watch:
       self._accept, (server, token))  # fmt: skip
     threading.Thread(target=target, args=arguments, daemon=True).start()
 
+  def _hear(self, who: int, lines: BinaryIO) -> dict[str, Any]:
+    """The next news; where there is no more, that the other end is gone."""
+    try:
+      line = lines.readline()
+    except OSError:  # a reset is an end as well
+      line = b""
+    return json.loads(line) if line.endswith(b"\n") else {"gone": who, "error": ""}
+
   def leave(self, error: str = "") -> None:
     """Tells the others that this process ends on purpose: it is finished, or failed with `error`."""
     self._leaving = True
@@ -262,17 +284,10 @@ class Watch:
     """Until the other end has something to say, or is no more."""
     with self._lock:
       self._peers[who] = connection
-    try:
-      line = lines.readline()
-    except OSError:  # a reset is an end as well
-      line = b""
-    news = json.loads(line) if line.endswith(b"\n") else {"gone": who, "error": ""}
-    if news.get("stop"):
-      self.stopping = True
-      if first():
+    while (news := self._hear(who, lines)).get("stop"):
+      known, self.stopping = self.stopping, True
+      if first() and not known:
         self._tell(news, but=who)
-      self._listen(who, connection, lines)
-      return
     if not news or self._leaving:
       return
     if first():
@@ -298,7 +313,8 @@ _watch = Watch()
 
 def stop() -> None:
   """Says that this process was asked to end; see `stopping`."""
-  _watch.stop()
+  if count() > 1:
+    _watch.stop()
 
 
 def stopping() -> bool:

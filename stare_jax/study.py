@@ -194,8 +194,8 @@ def main(argv: list[str]) -> None:
     runner.run()
   elif not any(cell.finished() for cell in cells) and any(workdir.glob("*/*/seed*/summary.json")):
     fail(f"{workdir} holds finished runs, but none of this study: give the settings with which it was run")
-  if others := [cell for cell in runner.failed if (cell.folder / "summary.json").exists()]:
-    log.info("%d of %d cells failed, of which these finished before with other settings: %s\nThe tables are left as "
+  if others := [cell for cell in runner.failed if cell.of_others()]:
+    log.info("%d of %d cells failed, of which these were run before with other settings: %s\nThe tables are left as "
              "they are; give the settings of before, or another --workdir", len(runner.failed), len(cells),
              ", ".join(map(str, others)))  # fmt: skip
     sys.exit(1)

@@ -68,7 +68,12 @@ class Cell:
     summary = report.read_json(path)
     rows = [row["step"] for row in report.read_metrics(self.folder / "metrics.jsonl") if row["phase"] == phase]
     whole = bool(rows) and rows[-1] == self.total
-    return whole and phase in summary["phases"] and said(shlex.split(summary["command"])) == said(self.command)
+    return whole and phase in summary["phases"] and not self.of_others()
+
+  def of_others(self) -> bool:
+    """Whether what lies in the folder came from another command."""
+    path = self.folder / "summary.json"
+    return path.exists() and said(shlex.split(report.read_json(path)["command"])) != said(self.command)
 
   def adopt(self, cells: Sequence[Cell]) -> None:
     """Takes over the rollouts of a finished cell that would be the same here, file by file, with what they cost."""

@@ -27,7 +27,13 @@ import optax
 from jax.sharding import Mesh
 
 from stare_jax import sharding
-from stare_jax.train_optimizer import hyperparams, learning_rate_scale, make_optimizer, set_learning_rate_scale
+from stare_jax.train_optimizer import (
+  hyperparams,
+  learning_rate_scale,
+  make_optimizer,
+  restart_moments,
+  set_learning_rate_scale,
+)
 from stare_jax.train_preference import (
   Kernel,
   LogProbFn,
@@ -52,8 +58,8 @@ from stare_jax.train_state import (
 
 __all__ = [
   "PreferenceBatch", "TrainState", "abstract_state", "join", "join_state", "learning_rate_scale", "make_optimizer",
-  "most_trips", "new_state", "preference_gradient", "set_learning_rate_scale", "split", "split_state",
-  "state_shardings",
+  "most_trips", "new_state", "preference_gradient", "restart_moments", "set_learning_rate_scale", "split",
+  "split_state", "state_shardings",
 ]  # fmt: skip
 
 TINY = float(np.finfo(np.float32).tiny)

@@ -58,7 +58,6 @@ def make_optimizer(
   The step of a parameter is `schedule(count) * scale * part`, where part is `value_lr_scale` for paths that match
   `VALUE_HEAD` and `policy_scale` for the others. `scale` and `policy_scale` (1 at first) live in the optimiser's state,
   where `set_learning_rate_scale` changes them without a retrace: a KL-adaptive step, or a warm-up of the critic alone.
-  A `policy_scale` of 0 takes the policy's gradients as zeros, so they neither clip the critic's nor enter a moment.
   """
   rate = make_schedule(
     learning_rate, warmup_steps=warmup_steps, total_steps=total_steps, schedule=schedule
@@ -76,7 +75,7 @@ def make_optimizer(
 
     return optax.stateless(step)
 
-  adamw = optax.chain(
+  return optax.chain(
     optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
     optax.scale_by_adam(*betas, eps=eps),
     optax.add_decayed_weights(weight_decay, mask=lambda p: jax.tree_util.tree_map_with_path(decays, p))
@@ -84,13 +83,6 @@ def make_optimizer(
     else optax.identity(),
     scaled(learning_rate=rate, scale=1.0, policy_scale=1.0),
   )
-
-  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    moves = hyperparams(state)["policy_scale"] > 0  # else its moments would remember what it was kept from following
-    part = lambda path, g: g if is_value(path) else jnp.where(moves, g, 0)
-    return adamw.update(jax.tree_util.tree_map_with_path(part, grads), state, params)
-
-  return optax.GradientTransformation(adamw.init, update)
 
 
 def _is_injected(x: Any) -> bool:
@@ -123,6 +115,19 @@ def set_learning_rate_scale(state: Any, scale: float | None = None, *, policy_sc
     return x._replace(hyperparams={**x.hyperparams, **moved})
 
   return dataclasses.replace(state, opt=jax.tree.map(change, state.opt, is_leaf=_is_injected))
+
+
+def restart_moments(state: Any) -> Any:
+  """The state with Adam's moments and their counter at zero, as when training began; donates what it replaces.
+
+  For the end of a critic's warm-up: the moments of the policy remember gradients that it was kept from following.
+  """
+  is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
+  zeros = lambda x: jax.tree.map(jnp.zeros_like, x) if is_adam(x) else x
+  restarted = lambda opt: jax.tree.map(zeros, opt, is_leaf=is_adam)
+  places = jax.tree.map(lambda x: x.sharding, state.opt)
+  where = {"out_shardings": places} if all(x.committed for x in jax.tree.leaves(state.opt)) else {}  # as `like` has it
+  return dataclasses.replace(state, opt=jax.jit(restarted, donate_argnums=0, **where)(state.opt))
 
 
 def like(value: float | np.ndarray, x: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import ml_collections
 import pytest
 
 from configs import eval as evaluation
@@ -189,6 +190,24 @@ def test_a_configuration_that_cannot_run_says_what_to_write(changes, words):
   with pytest.raises(ConfigError) as caught:
     checked(**changes)
   assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_what_only_interaction_needs_is_asked_of_no_other_phase():
+  one_update = dict(sim__num_envs=8, sim__num_workers=2, interaction__batch=240, interaction__steps=30)
+  with pytest.raises(ConfigError, match="single update"):
+    checked(**one_update)
+  checked(**one_update, phases=("imitation",))
+
+
+def test_what_may_be_left_open():
+  config = toy_run.get_config()
+  with config.unlocked():
+    del config.interaction.hp.clip_high  # as a configuration of one's own, made before there was one
+    config.imitation.optimiser.clip_norm = ml_collections.config_dict.placeholder(float)  # no clipping
+  validate(config, tasks.names)
+  config = toy_run.get_config()
+  config.imitation.optimiser.clip_norm = float("inf")
+  validate(config, tasks.names)
 
 
 def test_an_evaluation_does_not_ask_what_only_training_needs():

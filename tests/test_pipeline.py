@@ -45,8 +45,10 @@ def test_fewer_steps_than_a_batch_are_told_before_anything_is_compiled():
   c = ml_collections.ConfigDict(dict(batch=4096, micro_batches=4, demonstrations=8))
   pipeline.check_demonstrations(4096, c, shards=2)
   pipeline.check_demonstrations(248, c, shards=2)
-  with pytest.raises(ConfigError, match="250 steps were demonstrated.* a batch of at most 248, or more"):
+  with pytest.raises(ConfigError, match="250 steps were demonstrated.* choose a batch of 248, or more"):
     pipeline.check_demonstrations(250, c, shards=2)
+  with pytest.raises(ConfigError, match="7 steps .* into 8 parts: choose more imitation.demonstrations"):
+    pipeline.check_demonstrations(7, c, shards=2)
 
 
 def test_a_minibatch_depends_on_its_number_alone():

@@ -265,10 +265,12 @@ def test_host_scales_the_rate_without_a_retrace(rng):
   critic, _ = update(train.set_learning_rate_scale(fresh(tx), policy_scale=0.0), batch)
   chex.assert_trees_all_equal(critic.params["embed"], start["embed"])
   chex.assert_trees_all_equal(critic.params["value"], plain.params["value"])
-  thawed, _ = update(train.set_learning_rate_scale(critic, policy_scale=1.0), batch)
-  slower = (1 - 0.9) / (1 - 0.9**2) / np.sqrt((1 - 0.999) / (1 - 0.999**2))  # Adam's second step after a gradient of 0
-  first, second = (np.asarray(x.params["embed"]["table"]) - start["embed"]["table"] for x in (plain, thawed))
-  np.testing.assert_allclose(second, slower * first, rtol=1e-3, atol=1e-6)  # nothing of what it was kept from is left
+  for _ in range(30):
+    critic, _ = update(critic, batch)
+  critic = train.restart_moments(train.set_learning_rate_scale(critic, policy_scale=1.0))
+  thawed, _ = update(critic, batch)
+  first, later = (np.asarray(x.params["embed"]["table"]) - start["embed"]["table"] for x in (plain, thawed))
+  np.testing.assert_allclose(np.abs(later), np.abs(first), rtol=3e-3, atol=1e-6)  # a first step: as large as the rate
   assert update.traces == 1
   with pytest.raises(ValueError, match="not made by make_optimizer"):
     train.set_learning_rate_scale(fresh(SGD), 0.5)

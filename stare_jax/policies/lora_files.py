@@ -229,7 +229,8 @@ def params_of(loaded: Loaded, base: Any) -> dict[str, Any]:
   """
   for path, x in loaded.bases.items():
     ours = names.leaf(base, path)
-    if not jnp.array_equal(ours, jnp.asarray(x, ours.dtype)):
+    kind = min(ours.dtype, x.dtype, key=lambda dtype: dtype.itemsize)  # either may have been rounded
+    if not jnp.array_equal(jnp.asarray(ours, kind), jnp.asarray(x, kind)):
       raise CheckpointError(f"the adapter's file holds {path} of the model that it was trained on, and this base has "
                             f"other values there: load it with its own base, or merge it there with peft first")
   full = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)

@@ -277,6 +277,8 @@ class Pool:
       if kind == "reset":
         again = self._lost[env] and self._seeds.get(env) == argument[0]
         self._seeds[env], self._losses[env] = argument[0], self._losses[env] if again else 0
+      elif kind == "restore":
+        self._losses[env] = 0
       if kind == "reset" or kind == "restore":
         self._lost[env] = argument == b""
       if self._lost[env]:
@@ -307,7 +309,7 @@ class Pool:
     began = time.monotonic()
     left = max(0.0, min(last[i] + limit[i] for i in waiting) - began)
     spoken = [pipes[pipe] for pipe in connection.wait(list(pipes), timeout=left)]
-    if not spoken and time.monotonic() - began > left + 1:  # stopped together, as Slurm suspends a job: wait anew
+    if time.monotonic() - began > left + 1:  # all were stopped together, as Slurm suspends a job: wait anew
       last.update(dict.fromkeys(waiting, time.monotonic()))
     elif not spoken:
       for i in waiting:
