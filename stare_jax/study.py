@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,14 +192,10 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
       if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
         signal.signal(number, runner.stop)
+    keep_tables(workdir, [cell for cell in cells if cell.of_others()])
     runner.run()
   elif not any(cell.finished() for cell in cells) and any(workdir.glob("*/*/seed*/summary.json")):
     fail(f"{workdir} holds finished runs, but none of this study: give the settings with which it was run")
-  if others := [cell for cell in runner.failed if cell.of_others()]:
-    log.info("%d of %d cells failed, of which these were run before with other settings: %s\nThe tables are left as "
-             "they are; give the settings of before, or another --workdir", len(runner.failed), len(cells),
-             ", ".join(map(str, others)))  # fmt: skip
-    sys.exit(1)
   written = study_report.write(workdir, config, cells)
   print("\n".join(["Results:", *map(str, written)]))
   if runner.failed:
@@ -206,6 +203,16 @@ def main(argv: list[str]) -> None:
   if runner.stopping:
     log.info("stopped; the same command goes on")
   sys.exit(STOPPED if runner.stopping else 1 if runner.failed else 0)
+
+
+def keep_tables(workdir: pathlib.Path, others: list[Cell]) -> None:
+  """What was told of cells that were run with other settings is kept: these may refuse them, or go on with them."""
+  if not others or not (workdir / "results.md").exists():
+    return
+  for name in ("results.md", "results.html"):
+    shutil.copyfile(workdir / name, workdir / name.replace("results", "results-before"))
+  log.info("%d cells were run before with other settings (%s): the tables of before are kept in results-before.md and "
+           ".html", len(others), ", ".join(map(str, others)))  # fmt: skip
 
 
 def define_flags() -> None:

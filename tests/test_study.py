@@ -248,7 +248,7 @@ def test_a_cell_is_finished_when_this_command_came_to_its_end(tmp_path, quick):
   (cell.folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
   assert cell.finished()
   other = Cell(cell.task, cell.method, cell.seed, cell.folder, (*cell.command, "--more"), cell.phases, 4, None)
-  assert not other.finished()
+  assert not other.finished() and other.of_others() and not cell.of_others()
 
 
 # --- results ---
@@ -353,3 +353,8 @@ def test_a_study_on_the_toy_simulator(tmp_path, toy_environment):
   assert "| sta_ppo | 1 |" in text and "| sta_tpo | 1 |" in text and "Not finished" not in text
   rows = report.read_metrics(tmp_path / "s" / "pull_cube" / "sta_tpo" / "seed0" / "metrics.jsonl")
   assert {row["phase"] for row in rows} == {"preference"} and "windows" in rows[-1]
+  # Without the changes its cells are refused, or go on as another study's; the tables of this one are still there.
+  told = dict(cwd=toy_run.ROOT, env=toy_environment, capture_output=True, text=True, check=False)
+  done = subprocess.run(command[:-1], **told)
+  assert done.returncode == 1 and "3 cells were run before with other settings" in done.stderr, done.stderr
+  assert (tmp_path / "s" / "results-before.md").read_text() == text != (tmp_path / "s" / "results.md").read_text()

@@ -270,7 +270,7 @@ def test_host_scales_the_rate_without_a_retrace(rng):
   critic = train.restart_moments(train.set_learning_rate_scale(critic, policy_scale=1.0))
   thawed, _ = update(critic, batch)
   first, later = (np.asarray(x.params["embed"]["table"]) - start["embed"]["table"] for x in (plain, thawed))
-  np.testing.assert_allclose(np.abs(later), np.abs(first), rtol=3e-3, atol=1e-6)  # a first step: as large as the rate
+  np.testing.assert_allclose(np.abs(later), np.abs(first), rtol=2e-2, atol=1e-6)  # a first step: as large as the rate
   assert update.traces == 1
   with pytest.raises(ValueError, match="not made by make_optimizer"):
     train.set_learning_rate_scale(fresh(SGD), 0.5)
