@@ -47,6 +47,7 @@ class World:
     self.seconds, self.env_steps, self.asked, self.never_run = {}, {}, [], ()
     self.base = SimpleNamespace(digest="")
     self.actor = lambda *_: None
+    self.check_here = lambda: None
 
   def seeds(self, purpose, count):
     return range(100, 100 + count)

@@ -88,7 +88,7 @@ def test_collected_episodes_leave_the_memory_for_their_file(tmp_path):
       collected.extend(demonstration(start.seed, 3) for start in starts)
       return collected[-len(starts) :]
 
-  run = SimpleNamespace(workdir=tmp_path, seconds={}, env_steps={}, never_run=(),
+  run = SimpleNamespace(workdir=tmp_path, seconds={}, env_steps={}, never_run=(), check_here=lambda: None,
                         collector=lambda actor, **_: Collector())  # fmt: skip
   starts = [Start(seed) for seed in range(70)]
   gather = functools.partial(pipeline_run.gather, run, "demonstrations", starts, object, {"a": 1})
