@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import itertools
 import logging
 import os
 import pathlib
@@ -209,10 +210,11 @@ def keep_tables(workdir: pathlib.Path, others: list[Cell]) -> None:
   """What was told of cells that were run with other settings is kept: these may refuse them, or go on with them."""
   if not others or not (workdir / "results.md").exists():
     return
-  for name in ("results.md", "results.html"):
-    shutil.copyfile(workdir / name, workdir / name.replace("results", "results-before"))
-  log.info("%d cells were run before with other settings (%s): the tables of before are kept in results-before.md and "
-           ".html", len(others), ", ".join(map(str, others)))  # fmt: skip
+  kept = next(f"results-before-{n}" for n in itertools.count(1) if not (workdir / f"results-before-{n}.md").exists())
+  for kind in ("md", "html"):
+    shutil.copyfile(workdir / f"results.{kind}", workdir / f"{kept}.{kind}")
+  log.info("%d cells were run before with other settings (%s): the tables of before are kept in %s.md and .html",
+           len(others), ", ".join(map(str, others)), kept)  # fmt: skip
 
 
 def define_flags() -> None:

@@ -357,4 +357,4 @@ def test_a_study_on_the_toy_simulator(tmp_path, toy_environment):
   told = dict(cwd=toy_run.ROOT, env=toy_environment, capture_output=True, text=True, check=False)
   done = subprocess.run(command[:-1], **told)
   assert done.returncode == 1 and "3 cells were run before with other settings" in done.stderr, done.stderr
-  assert (tmp_path / "s" / "results-before.md").read_text() == text != (tmp_path / "s" / "results.md").read_text()
+  assert (tmp_path / "s" / "results-before-1.md").read_text() == text != (tmp_path / "s" / "results.md").read_text()
