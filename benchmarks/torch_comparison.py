@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--act", default=[1, 16, 64, 256], type=int, nargs="*", help="rows")
   parser.add_argument("--update", default=[16], type=int, nargs="*", help="rows; steps of all episodes for preference")
   parser.add_argument("--rank", default=32, type=int, help="of the adapters; 0 trains every parameter")
-  parser.add_argument("--micro", default=0, type=int, help="rows of our micro-batch in preference; 0: all of them")
+  parser.add_argument("--micro", default=0, type=int, help="rows of our micro-batches; 0: all of them at once")
   parser.add_argument("--sides", default=["torch", "jax"], nargs="*", choices=("torch", "jax"))
   parser.add_argument("--repeats", default=9, type=int)
   parser.add_argument("--threads", default=0, type=int, help="processor cores for either side; 0: all there are")
@@ -207,15 +207,17 @@ class Jax:
 
     from stare_jax import train
 
-    trainable = self.trained_policy.trainable
+    trainable, rows = self.trained_policy.trainable, len(batch["prompt"])
+    micro = self.micro or rows
     if what == "preference":
-      micro = self.micro or len(batch["prompt"])
       update = train.make_preference_update(
         self.token_log_prob, stage_kernel, self.tx, micro_batch=micro, trainable=trainable
       )
       batch = preference_batch(batch)
     else:
-      update = train.make_update(functools.partial(getattr(self, what)), self.tx, trainable=trainable)
+      if rows % micro:
+        raise SystemExit(f"--micro {micro} does not divide --update {rows}")
+      update = train.make_update(getattr(self, what), self.tx, trainable=trainable, micro_batches=rows // micro)
     compiled = update.lower(jax.eval_shape(self.start, self.shapes), batch).compile()
 
     def call() -> dict[str, float]:
@@ -468,6 +470,7 @@ class Comparison:
     flops = forward_flops(self.config, rows, self.config.prompt_length + self.config.action_size - 1)
     flops *= 2 if self.args.rank else 3
     more = {"rank": self.args.rank, "torch_recomputes": recomputed, "jax_recomputes": self.config.remat}
+    more |= {"jax_micro": self.args.micro} if self.args.micro else {}
     self.report(what, rows, flops, prepared, lost, more)
 
 

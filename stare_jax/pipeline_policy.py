@@ -233,7 +233,7 @@ class Base:
 
 
 def for_acting_alone(policy: policies.Policy, params: Any, mesh: Mesh) -> Any:
-  """Parameters that nothing but `act` will see: on one GPU with the decoder's layers apart, as else every call copies.
+  """Parameters that nothing but `act` will see: on one GPU with the layers apart, as else every call copies.
 
   The stacks that they lay in are deleted. `faithful` decoding keeps its stacks.
   """

@@ -195,12 +195,12 @@ def memory_plan(
     devices: in how many pieces the parameters are cut (fsdp x tensor).
     trainable: how many parameters are; None is all of them. Gradients and both moments are float32.
     summed: over several micro-batches.
-    apart: layers are copied out of their stack, as on one NVIDIA GPU (`layers.stack`); frozen ones of the decoder lie
-      apart from the start.
+    apart: layers are copied out of their stack, as on one NVIDIA GPU (`layers.stack`); frozen ones lie apart from the
+      start.
     chip: a key of `AT_WORK`.
   """
   leaves = ((jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params))
-  copied = [x for path, x in leaves if "layers" in path and (trainable is None or "llm" not in path)]
+  copied = [x for path, x in leaves if "layers" in path and trainable is None]
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
   trained = count if trainable is None else trainable

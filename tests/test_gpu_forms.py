@@ -36,10 +36,39 @@ def test_fused_attention_is_attention(length, size, masked):
   """Around the kernel: axes, the scale, the position that makes a length even. The kernel here is not cuDNN's."""
   *arrays, seen = case(length, size, masked)
   plain = with_gradients(lambda q, k, v: nn.plain_attention(q, [(k, v)], seen), *arrays)
-  fused = with_gradients(lambda q, k, v: nn.fused_attention(q, k, v, seen, kernel="xla"), *arrays)
+  fused = with_gradients(lambda q, k, v: nn.fused_attention(q, k, v, seen, causal=masked, kernel="xla"), *arrays)
   assert fused[0].shape == (2, length, 3, size)
   for ours, reference in zip(fused, plain, strict=True):
     np.testing.assert_allclose(ours, reference, atol=2e-5)
+
+
+def test_the_policy_by_the_fused_kernel_is_the_policy(monkeypatch):
+  """Which is told where it may take the decoder's attention for causal. The kernel here is not cuDNN's."""
+  policy, params, *_ = nano(unroll=True)
+  obs, tokens, keys = some_obs(policy), some_tokens(), jax.random.split(jax.random.key(3), 3)
+
+  def everything():
+    loss = lambda p: jnp.sum(policy.apply(p, obs, tokens).logits[..., 3])
+    return jit(jax.grad(loss))(params), jax.jit(lambda: policy.act(params, obs, keys, jnp.float32(1.0)))()
+
+  plain, told, kernel = everything(), [], nn.fused_attention
+  monkeypatch.setattr(nn, "fuses", lambda *_: True)
+  fake = lambda q, k, v, seen, causal: told.append(causal) or kernel(q, k, v, seen, causal, "xla")
+  monkeypatch.setattr(nn, "fused_attention", fake)
+  fused = everything()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fused, plain)
+  assert set(told) == {True, False}  # not in the decoder's last layer, whose queries are the last ones alone
+
+
+def test_rotation_is_one_on_every_device(monkeypatch):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 8)), jnp.bfloat16)
+  rope = nn.rotation(jnp.asarray(np.random.default_rng(1).integers(0, 9, (2, 5))), 9, 8, 10000.0)
+  both = lambda: jax.vjp(lambda y: nn.rotate(y, rope), x)
+  (out, pull_back), cotangent = both(), x[::-1]
+  monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
+  turned, pull_turned = both()
+  np.testing.assert_array_equal(turned, out)
+  np.testing.assert_array_equal(*pull_back(cotangent), *pull_turned(cotangent))
 
 
 def test_last_queries_may_be_odd_in_number():
@@ -209,7 +238,7 @@ def test_cudnn_attention_is_as_exact_as_the_plain_form(length, size, masked):
     pytest.skip("cuDNN's attention needs an NVIDIA GPU")
   *arrays, seen = case(length, size, masked, jnp.bfloat16)
   plain = jax.jit(lambda *x: with_gradients(lambda q, k, v: nn.plain_attention(q, [(k, v)], seen), *x))
-  fused = jax.jit(lambda *x: with_gradients(lambda q, k, v: nn.fused_attention(q, k, v, seen), *x))
+  fused = jax.jit(lambda *x: with_gradients(lambda q, k, v: nn.fused_attention(q, k, v, seen, causal=masked), *x))
   exact = plain(*(x.astype(jnp.float32) for x in arrays))
   error = lambda found: [float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in zip(found, exact, strict=True)]
   assert np.all(np.array(error(fused(*arrays))) < 1.5 * np.array(error(plain(*arrays))) + 1e-4)

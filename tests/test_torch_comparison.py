@@ -57,7 +57,7 @@ class Side:
 
 def test_each_case_says_whether_it_was_recomputed(capsys):
   comparison = object.__new__(torch_comparison.Comparison)
-  comparison.args = argparse.Namespace(size="small", rank=0, repeats=1)
+  comparison.args = argparse.Namespace(size="small", rank=0, repeats=1, micro=0)
   comparison.cores, comparison.config, comparison.jax, comparison.torch = 1, small_config(), None, Side()
   comparison.turn = torch_comparison.Turn("")
   comparison.device = types.SimpleNamespace(platform="cpu", device_kind="cpu")

@@ -34,7 +34,7 @@ FUSED = "dot_product_attention_fwd_wrapper"  # cuDNN's kernel, which keeps a num
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale", "groups"])
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """A low-rank addition to a linear layer, scale * (x @ a) @ b, that never becomes a matrix (policies.lora).
+  """A low-rank addition to a linear layer, (x @ (scale * a)) @ b, that never becomes a matrix (policies.lora).
 
     a: [I, r], b: [r, *O]; where several modules share one kernel [I, G, O], a: [I, g, r], b: [g, r, O].
     groups: which g of the G modules are adapted; None where the kernel is one module.
@@ -47,8 +47,8 @@ class Adapter:
 
   def __call__(self, x: jax.Array, out: tuple[int, ...], dtype: Any = None) -> jax.Array:
     """[M, I] -> [M, *out] in `dtype`; both products run in the dtype of x."""
-    a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-    low = self.scale * (x @ a.reshape(len(a), -1))
+    a, b = (self.scale * self.a).astype(x.dtype), self.b.astype(x.dtype)  # scaled as it is cast: no pass of its own
+    low = x @ a.reshape(len(a), -1)
     if self.groups is not None and sharding.one_gpu():  # one product: a factor meets its own outputs, and zeros
       own = np.eye(out[0], dtype=b.dtype)[list(self.groups)]
       b = b[:, :, None] * own[:, None, :, None]
@@ -126,15 +126,24 @@ def rotation(positions: jax.Array, length: int, head_size: int, theta: float) ->
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Half-split (not interleaved) rotation of [N, H, Q, E]."""
+  """Half-split (not interleaved) rotation of [N, H, Q, E].
+
+  On NVIDIA GPUs the halves change places by a reversal: what is joined, as elsewhere, costs a branch for each element
+  there, and a fourfold of reads where the gradient is joined with others.
+  """
   cos, sin = rope
+  if sharding.on_nvidia():
+    y = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = jnp.flip(y, axis=-2) * np.array([[-1], [1]], np.float32)
+    return (y * cos[..., None, :] + turned * sin[..., None, :]).reshape(x.shape).astype(x.dtype)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def attention(
-  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array | None, fused: bool = False
-) -> jax.Array:
+  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array | None, fused: bool = False,
+  causal: bool = False,
+) -> jax.Array:  # fmt: skip
   """softmax(q k^T / sqrt(E) where seen) v -> [N, Q, H*E].
 
     q: [N, H, Q, E].
@@ -142,11 +151,12 @@ def attention(
     seen: bool[N, 1, Q, sum of S_i], which keys a query may look at; None is all.
     fused: in one kernel that keeps no scores (`fuses`), where there is one part, several queries and one device: what
       a mesh makes of that kernel has not been seen.
+    causal: `seen` hides all that comes after a query, so the kernel need not look there.
   """
   q, *kv = checkpoint_name([q, *itertools.chain(*parts)], "qkv")  # as attention needs them, rotated
   parts = list(zip(kv[::2], kv[1::2]))
   if fused and len(parts) == 1 and q.shape[2] > 1 and q.shape[-1] % 8 == 0 and not sharding.spread():
-    out = fused_attention(q, *parts[0], seen)  # is kept by its own name: `FUSED`
+    out = fused_attention(q, *parts[0], seen, causal)  # is kept by its own name: `FUSED`
   else:
     out = checkpoint_name(plain_attention(q, parts, seen), "attention")
   n, heads, count, size = q.shape
@@ -171,12 +181,13 @@ def plain_attention(
 
 
 def fused_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None, kernel: str = "cudnn"
+  q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None, causal: bool = False, kernel: str = "cudnn"
 ) -> jax.Array:
   """`attention` by cuDNN's flash kernel -> [N, Q, H, E]: scores never reach memory, forward or backward.
 
   JAX 0.11 differentiates it for even lengths only, so an odd one gets a position more that nobody sees.
 
+    causal: as in `attention`; as many queries as keys.
     kernel: "xla" computes the same without cuDNN, for tests.
   """
   count, keys, size = q.shape[2], k.shape[2], q.shape[-1]
@@ -184,7 +195,8 @@ def fused_attention(
     seen = jnp.ones((1, 1, count, keys), bool)
   q, k, v = (_even(x, 2).transpose(0, 2, 1, 3) for x in (q, k, v))
   mask = None if seen is None else _even(_even(seen, 2), 3)
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=size**-0.5, implementation=kernel)[:, :count]
+  how = dict(scale=size**-0.5, is_causal=causal, implementation=kernel)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, **how)[:, :count]
 
 
 def _even(x: jax.Array, axis: int) -> jax.Array:
@@ -209,8 +221,19 @@ def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
   """[N, Q, 3, W] -> queries, keys and values [N, H, Q, E]."""
   qkv = sharding.constrain(qkv, "batch", None, None, "heads")
   n, count, _, width = qkv.shape
-  qkv = qkv.reshape(n, count, 3, width // head_size, head_size)
-  return [x.transpose(0, 2, 1, 3) for x in jnp.unstack(qkv, axis=2)]
+  heads = lambda x: x.reshape(n, count, width // head_size, head_size).transpose(0, 2, 1, 3)
+  return [heads(x) for x in modules(qkv)]
+
+
+def modules(x: jax.Array) -> Sequence[jax.Array]:
+  """[..., G, W] -> G arrays [..., W], of modules that share a kernel.
+
+  On one device along the last axis: XLA joins their gradients four elements at a time on a GPU where the pieces of the
+  axis are wide, and one at a time along an axis of which each is one.
+  """
+  if sharding.spread():
+    return jnp.unstack(x, axis=-2)
+  return jnp.split(x.reshape(*x.shape[:-2], -1), x.shape[-2], axis=-1)
 
 
 def vit_block(params: Params, x: jax.Array, *, head_size: int, eps: float = 1e-6, fused: bool = False) -> jax.Array:
@@ -238,7 +261,7 @@ def llama_block(
   """One decoder layer on [N, Q, W].
 
     rope: rotations of the Q positions.
-    seen: bool[N, 1, Q, S + Q], which positions may be looked at.
+    seen: bool[N, 1, Q, S + Q], which positions may be looked at: none that comes later.
     past: keys and values [N, H, S_i, E] that precede x, already rotated.
     queries: compute only the last so many positions; all Q still serve as keys.
     fused: as in `attention`.
@@ -248,11 +271,12 @@ def llama_block(
   k = rotate(k, rope)
   if queries is not None:
     x, q, seen, *rope = x[:, -queries:], *(a[:, :, -queries:] for a in (q, seen, *rope))
-  y = dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen, fused))
+  causal = not past and queries is None
+  y = dense(params["attn"]["out"], attention(rotate(q, rope), [*past, (k, v)], seen, fused, causal))
   x = checkpoint_name(x + y, "sum")
   gate_up = checkpoint_name(dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps)), "mlp")
   gate_up = sharding.constrain(gate_up, "batch", None, None, "mlp")
-  gate, up = jnp.unstack(gate_up, axis=-2)
+  gate, up = modules(gate_up)
   x = x + dense(params["mlp"]["down"], jax.nn.silu(gate) * up)
   return x, (k, v)
 

@@ -152,8 +152,10 @@ def one_layer(params: Params) -> Params:
 
 
 def layers_apart(params: Params, unstack: Callable[[Any], Sequence[Any]] = jnp.unstack) -> Params:
-  """The parameters with the decoder's layers as a list (`nn.apart`)."""
-  return {**params, "llm": {**params["llm"], "layers": nn.apart(params["llm"]["layers"], unstack)}}
+  """The parameters with the layers of the decoder and of both vision transformers as lists (`nn.apart`)."""
+  apart = lambda part: {**part, "layers": nn.apart(part["layers"], unstack)}
+  vision = {name: apart(view) for name, view in params["vision"].items()}
+  return {**params, "vision": vision, "llm": apart(params["llm"])}
 
 
 def patchify(image: jax.Array, size: int) -> jax.Array:
