@@ -52,7 +52,7 @@ PRESETS["openvla_7b"] = SEVEN_B | {
   "interaction.optimiser.learning_rate": 5e-6, "interaction.optimiser.value_lr_scale": 100.0,
 }  # fmt: skip
 PRESETS["openvla_7b_lora"] = SEVEN_B | {  # adapters on frozen bfloat16 weights, on one GPU of 80 GB
-  "policy.options": {"remat": "products"},  # 57 GB with 32 rows, "block" 24: docs/scaling.md
+  "policy.options": {"remat": "products"},  # 55 GB with 32 rows, "block" 22: docs/scaling.md
   "policy.lora.rank": 32, "imitation.demonstrations": 1024, "imitation.batch": 32, "imitation.updates": 2000,
   "imitation.optimiser.learning_rate": 5e-4, "preference.starts": 64, "preference.batch": 16,
   "preference.micro_batch": 32, "preference.updates": 200, "preference.optimiser.learning_rate": 2e-5,

@@ -167,18 +167,21 @@ def kept_per_row(config: Any, remat: str, count: int = 7, apart: bool = False) -
 
   Scores that are kept are so in float32 three times over, and in the type of products.
 
-    apart: the last layer of the decoder computes the action's positions alone; attention keeps no scores (`nn.fuses`).
+    apart: the last layer of the decoder computes the action's positions alone; attention keeps no scores (`nn.fuses`),
+      and everything is what the gradient reads: no q and k before their rotation, no factors of silu.
   """
   item = 2 if config.compute_dtype == "bfloat16" else 4
   fused = apart and item == 2 and config.attention == "auto"
   sequence = config.patches + config.prompt_length + count - 1
   visions = list(config.views.values())
-  stacks = [(config.llm_depth - apart, sequence, config.llm_width, 2 * config.llm_mlp, config.llm_head_size)]
-  stacks += [(v.depth - 1, config.patches + v.prefix_tokens, v.width, v.mlp, v.head_size) for v in visions]
+  stacks = [(config.llm_depth - apart, sequence, config.llm_width, 2 * config.llm_mlp, config.llm_mlp,
+             config.llm_head_size)]  # fmt: skip
+  stacks += [(v.depth - 1, config.patches + v.prefix_tokens, v.width, v.mlp, v.mlp, v.head_size) for v in visions]
 
-  def layer(length: int, width: int, mlp: int, head: int, remat: str, score: int) -> float:
+  def layer(length: int, width: int, mlp: int, middle: int, head: int, remat: str, score: int) -> float:
     kept = width  # the block's input
-    kept += {"block": 0, "attention": 4 * width, "products": 5 * width + mlp, "none": 10 * width + 2 * mlp}[remat]
+    everything = 7 * width + mlp + middle if apart else 10 * width + 2 * mlp
+    kept += {"block": 0, "attention": 4 * width, "products": 5 * width + mlp, "none": everything}[remat]
     scores = score * (width // head) * length * length if remat == "none" and not fused else 0
     return kept * length * item + scores
 

@@ -43,10 +43,13 @@ NVIDIA = {"xla_gpu_dot_merger_threshold_mb": 0}
 # For updates and log-probabilities on one NVIDIA GPU, beside that: products in cuBLAS, which adds to what is there,
 # where one that the compiler writes itself needs an addition of its own; weights copied out of their stack once, and
 # kernels launched one by one: what would spare these copies and launches costs the host more time than the GPU gains.
+# And nothing computed early to hide the latency of collectives that are not there: over micro-batches, JAX 0.11 would
+# so compute all of `remat` again before any of it is used.
 ONE_GPU = NVIDIA | {
   "xla_gpu_enable_triton_gemm": False,
   "xla_gpu_enable_dynamic_slice_fusion": False,
   "xla_gpu_enable_command_buffer": "",
+  "xla_gpu_enable_latency_hiding_scheduler": False,
 }
 ParamAxes = Sequence[tuple[str, tuple[str | None, ...]]]  # (pattern of the whole path, words of the last axes)
 
