@@ -260,7 +260,10 @@ def test_preference_update_learns_refuses_and_traces_once(rng, micro_batch):
   (8, dict(pairs=2, steps=8), dict(pairs=2, steps=128)), (16, dict(pairs=2, steps=8), dict(pairs=32, steps=8)),
 ])  # fmt: skip
 def test_preference_memory_is_that_of_a_micro_batch(micro_batch, small, large):
-  """Temporary memory of the compiled update hardly grows with trajectories 16 times longer, or 16 times as many."""
+  """Temporary memory of the compiled update hardly grows with trajectories 16 times longer, or 16 times as many.
+
+  By less than a hundredth of what one pass takes: numbers of each step do grow.
+  """
 
   def wide(params, obs, tokens):  # 64 KiB of activations per step, which one pass over all steps would keep
     x = jnp.tanh(small_model.hidden(params, obs)[:, None, :] * jnp.linspace(0.5, 2, 1024)[:, None])
@@ -273,7 +276,7 @@ def test_preference_memory_is_that_of_a_micro_batch(micro_batch, small, large):
     temporary.append(update.lower(state, batch).compile().memory_analysis().temp_size_in_bytes)
   whole = jax.jit(lambda p, b: train.preference_gradient(wide, stage_kernel, p, b, micro_batch=512)[0])
   at_once = whole.lower(state.params, batch).compile().memory_analysis().temp_size_in_bytes
-  assert temporary[1] < 1.3 * temporary[0], temporary
+  assert temporary[1] - temporary[0] < at_once / 100, (at_once, temporary)
   assert at_once > 10 * temporary[1], (at_once, temporary)
 
 
