@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import pathlib
 import sys
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ def fail(message: str) -> NoReturn:
 
 def parse(argv: list[str]) -> list[str]:
   """For `absl.app.run`: sets all flags and returns the arguments that are none; ends the program where it cannot."""
-  if mistake := wrong_fields(argv):
+  if mistake := wrong_file(argv) or wrong_fields(argv):
     fail(mistake)
   try:
     return flags.FLAGS(argv)
@@ -30,6 +31,27 @@ def parse(argv: list[str]) -> list[str]:
     program = sys.modules["__main__"].__spec__
     command = f"python -m {program.name}" if program else f"python {argv[0]}"
     fail(unknown_field(argv) or f"{text}\nFor the flags: {command} --help")
+
+
+def config_argument(argv: list[str]) -> str:
+  """What --config is given, FILE or FILE:PRESET, wherever a blank or = stands; empty without it."""
+  path = ""
+  for item, following in zip(argv, [*argv[1:], ""]):
+    if item.lstrip("-").startswith("config="):
+      path = item.partition("=")[2]
+    elif item in ("-config", "--config"):
+      path = following
+  return path
+
+
+def wrong_file(argv: list[str]) -> str:
+  """That --config names no Python file, if so: reading one that is missing is put off until it would be a traceback."""
+  path = pathlib.Path(config_argument(argv).partition(":")[0])
+  if path == pathlib.Path() or (path.suffix == ".py" and path.is_file()):
+    return ""
+  there = sorted(str(file) for file in path.parent.glob("*.py"))
+  near = difflib.get_close_matches(str(path), there, n=1, cutoff=0.0) or ["configs/ipi.py"]
+  return f"--config={path} is not a Python file that is there; did you mean --config={near[0]}?"
 
 
 def wrong_fields(argv: list[str]) -> str:
@@ -56,13 +78,7 @@ def known_fields(argv: list[str]) -> list[str]:
       if hasattr(value, "items"):
         walk(f"{prefix}{key}.", value)
 
-  path = ""
-  for item, following in zip(argv, [*argv[1:], ""]):
-    if item.lstrip("-").startswith("config="):
-      path = item.partition("=")[2]
-    elif item in ("-config", "--config"):
-      path = following
-  if path:
+  if path := config_argument(argv):
     with contextlib.suppress(Exception):  # a file that cannot be read is another mistake than the one looked for
       walk("", flags.FLAGS["config"].parser.parse(path))
   return known

@@ -59,7 +59,11 @@ def check(config: Any, workdir: str | os.PathLike) -> None:
   The folder is made if it is not there yet, once nothing is wrong with the configuration.
   """
   check_config(config)
-  check_folder(pathlib.Path(workdir))
+  workdir = pathlib.Path(workdir)
+  if "suites" in config and not (config.init_from or config.policy.checkpoint or (workdir / "checkpoints").exists()):
+    raise ConfigError("nothing to evaluate: name a run, as in --config=configs/eval.py:run=runs/NAME, or a public "
+                      "checkpoint with --config.policy.checkpoint=FOLDER and --config.policy.unnorm_key=DATASET")
+  check_folder(workdir)
 
 
 def check_config(config: Any) -> None:

@@ -49,6 +49,9 @@ TYPOS = {
   "method, and a file behind a blank": (
     ["--config", "configs/ipi.py:smoke", "--config.method=sta_ppo"], ("--config.method", "smoke,method=sta_ppo")
   ),
+  "no such file": (["--config=configs/ippi.py:smoke"], ("ippi.py is not", "did you mean --config=configs/ipi.py?")),
+  "nothing to evaluate": (["--config=configs/eval.py"], ("nothing to evaluate", "configs/eval.py:run=runs/NAME")),
+  "no Python file": (["--config", "README.md"], ("README.md is not a Python file",)),
   "field, and a file behind a blank": (
     ["--config", "configs/ipi.py:smoke", "--config.sed=1"], ("did you mean --config.seed?",)
   ),

@@ -133,25 +133,25 @@ def test_published_starts_count_alike(asked, given):
   assert pipeline_check.resolved(config).evaluation.episodes == 25
 
 
-def test_copies_of_a_start_do_not_count(tmp_path):
+def test_copies_of_a_start_do_not_count():
   """Without sampling an episode depends on its start alone."""
   config = eval_config.get_config("default,task=put_carrot_on_plate")
   config.evaluation.temperature = 0.0
   assert pipeline_check.resolved(config).evaluation.episodes == 24
   with pytest.raises(ConfigError, match=r"24 published starts.*72 episodes.*suites\.seeds = 1"):
-    pipeline_check.check(config, tmp_path)
+    pipeline_check.check_config(config)
   config.evaluation.episodes = 8  # three times eight others
-  pipeline_check.check(config, tmp_path)
+  pipeline_check.check_config(config)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**24 - 3 * 128 + 1])
-def test_evaluation_keeps_off_the_seeds_of_training(tmp_path, seed):
+def test_evaluation_keeps_off_the_seeds_of_training(seed):
   config = eval_config.get_config("default,task=pull_cube")
   config.evaluation.seed = seed
   with pytest.raises(ConfigError, match=f"evaluation.seed = {seed}.* 3 times"):
-    pipeline_check.check(config, tmp_path)
+    pipeline_check.check_config(config)
   config.evaluation.seed = 2**24 - 3 * 128
-  pipeline_check.check(config, tmp_path)
+  pipeline_check.check_config(config)
 
 
 def test_a_suite_that_cannot_be_had_is_an_error_where_it_is_named(tmp_path):
