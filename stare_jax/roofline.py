@@ -178,6 +178,7 @@ def kept_per_row(config: Any, remat: str, count: int = 7, apart: bool = False) -
              config.llm_head_size)]  # fmt: skip
   stacks += [(v.depth - 1, config.patches + v.prefix_tokens, v.width, v.mlp, v.mlp, v.head_size) for v in visions]
 
+  # mlp: what its first products make; middle: what its last one takes, half of that where there is a gate.
   def layer(length: int, width: int, mlp: int, middle: int, head: int, remat: str, score: int) -> float:
     kept = width  # the block's input
     everything = 7 * width + mlp + middle if apart else 10 * width + 2 * mlp
@@ -198,8 +199,8 @@ def memory_plan(
     devices: in how many pieces the parameters are cut (fsdp x tensor).
     trainable: how many parameters are; None is all of them. Gradients and both moments are float32.
     summed: over several micro-batches.
-    apart: layers are copied out of their stack, as on one NVIDIA GPU (`layers.stack`); frozen ones lie apart from the
-      start.
+    apart: layers are copied out of their stack, as on one NVIDIA GPU (`layers.stack`); frozen ones count as lying apart
+      from the start, as those of `policy.checkpoint` do.
     chip: a key of `AT_WORK`.
   """
   leaves = ((jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params))

@@ -120,6 +120,7 @@ def test_frozen_layers_that_lie_apart_act_and_learn_as_their_stack(monkeypatch):
   base = openvla.layers_apart(params["base"], nn.unstack_and_delete)
   assert all(x.is_deleted() for x in stacks)
   assert len(base["llm"]["layers"]) == policy.config.llm_depth
+  assert all(isinstance(view["layers"], list) for view in base["vision"].values())
   assert openvla.layers_apart(base)["llm"]["layers"] is base["llm"]["layers"]
   apart = {**params, "base": base}
   found = acted(apart), policy.value(apart, obs), learnt(own, base)
@@ -190,6 +191,16 @@ def test_layers_apart_keep_what_they_are_told_and_no_more():
   assert products["none"] < products["products"] < products["block"]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_is_told_what_it_need_not_look_at(causal, monkeypatch):
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: None)
+  q, k, v, _, seen = case(20, 64, True, jnp.bfloat16)
+  program = jax.make_jaxpr(lambda *x: nn.fused_attention(*x, seen, causal))(q, k, v)
+  told = [eqn.params["mask_type"] for eqn in inspecting.equations(program.jaxpr) if "mask_type" in eqn.params]
+  assert told and set(told) == {cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK}
+
+
 @pytest.mark.parametrize("remat, times", [("none", 1), ("products", 1), ("attention", 1), ("block", 2)])
 def test_the_fused_kernel_runs_again_only_where_nothing_is_kept(remat, times, monkeypatch):
   monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -210,7 +221,8 @@ def test_the_compiler_is_told_about_gpus_alone(monkeypatch):
   assert sharding.compiler_options(None) is sharding.compiler_options(mesh) is None
   monkeypatch.setattr(sharding, "on_nvidia", lambda *_: True)
   assert sharding.compiler_options(None) == sharding.compiler_options(sharding.make_mesh({}, jax.devices()[:1]))
-  assert sharding.compiler_options(None)["xla_gpu_enable_triton_gemm"] is False
+  for flag in ("xla_gpu_enable_triton_gemm", "xla_gpu_enable_latency_hiding_scheduler"):
+    assert sharding.compiler_options(None)[flag] is False
   assert jax.jit(lambda x: x + 1, compiler_options=sharding.ONE_GPU)(1.0) == 2.0  # this JAX knows all of them
   assert mesh.size > 1
   for found in (sharding.compiler_options(mesh), *(sharding.compiler_options(m, acting=True) for m in (None, mesh))):

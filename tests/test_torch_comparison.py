@@ -88,10 +88,29 @@ def test_what_is_compiled_for_is_what_is_drawn(rank, monkeypatch):
   comparison.args, comparison.torch = argparse.Namespace(size="7b", rank=rank, micro=0), None
   comparison.policy, comparison.config = small_policy(), small_policy().config
   side = comparison.our_side()
-  assert isinstance(side.shapes["llm"]["layers"], list) == (rank > 0)
+  parts = [side.shapes["llm"], *side.shapes["vision"].values()]
+  assert {isinstance(part["layers"], list) for part in parts} == {rank > 0}
   kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert kinds(side.shapes) == kinds(side.params)
   assert kinds(jax.eval_shape(side.start, side.shapes)) == kinds(side.start(side.params))
+
+
+def test_an_update_in_micro_batches_is_the_update():
+  comparison = object.__new__(torch_comparison.Comparison)
+  comparison.policy, comparison.config, comparison.torch = small_policy(), small_config(), None
+  batch = torch_comparison.batch_of(comparison.config, 4)
+
+  def once(micro):
+    comparison.args = argparse.Namespace(size="7b", rank=2, micro=micro)
+    side = comparison.our_side()
+    return side.update("ppo", side.put(batch))[0]()
+
+  whole, cut = once(0), once(2)
+  assert set(cut) == set(whole)
+  for name, value in whole.items():
+    assert cut[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+  with pytest.raises(SystemExit, match="--micro 3 does not divide --update 4"):
+    once(3)
 
 
 def test_checkpointing_can_be_undone():

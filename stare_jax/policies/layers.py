@@ -128,8 +128,8 @@ def rotation(positions: jax.Array, length: int, head_size: int, theta: float) ->
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Half-split (not interleaved) rotation of [N, H, Q, E].
 
-  On NVIDIA GPUs the halves change places by a reversal: what is joined, as elsewhere, costs a branch for each element
-  there, and a fourfold of reads where the gradient is joined with others.
+  On NVIDIA GPUs the halves change places by a reversal: to join them, as on other devices, costs each element a branch,
+  and the gradient four times the reads where it is joined with that of another array.
   """
   cos, sin = rope
   if sharding.on_nvidia():
@@ -222,14 +222,14 @@ def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
   qkv = sharding.constrain(qkv, "batch", None, None, "heads")
   n, count, _, width = qkv.shape
   heads = lambda x: x.reshape(n, count, width // head_size, head_size).transpose(0, 2, 1, 3)
-  return [heads(x) for x in modules(qkv)]
+  return [heads(x) for x in apart_in_kernel(qkv)]
 
 
-def modules(x: jax.Array) -> Sequence[jax.Array]:
-  """[..., G, W] -> G arrays [..., W], of modules that share a kernel.
+def apart_in_kernel(x: jax.Array) -> Sequence[jax.Array]:
+  """[..., G, W] -> G arrays [..., W]: what each of the modules that share a kernel made.
 
-  On one device along the last axis: XLA joins their gradients four elements at a time on a GPU where the pieces of the
-  axis are wide, and one at a time along an axis of which each is one.
+  On one device cut along the last axis, so that the gradients are joined in pieces of W. XLA then writes four elements
+  at a time on a GPU; joined along the axis of G, where each is a piece of 1, it writes one at a time.
   """
   if sharding.spread():
     return jnp.unstack(x, axis=-2)
@@ -276,7 +276,7 @@ def llama_block(
   x = checkpoint_name(x + y, "sum")
   gate_up = checkpoint_name(dense(params["mlp"]["gate_up"], rms_norm(params["norm2"], x, eps)), "mlp")
   gate_up = sharding.constrain(gate_up, "batch", None, None, "mlp")
-  gate, up = modules(gate_up)
+  gate, up = apart_in_kernel(gate_up)
   x = x + dense(params["mlp"]["down"], jax.nn.silu(gate) * up)
   return x, (k, v)
 

@@ -153,9 +153,12 @@ def one_layer(params: Params) -> Params:
 
 def layers_apart(params: Params, unstack: Callable[[Any], Sequence[Any]] = jnp.unstack) -> Params:
   """The parameters with the layers of the decoder and of both vision transformers as lists (`nn.apart`)."""
-  apart = lambda part: {**part, "layers": nn.apart(part["layers"], unstack)}
-  vision = {name: apart(view) for name, view in params["vision"].items()}
-  return {**params, "vision": vision, "llm": apart(params["llm"])}
+  vision = {name: _apart(view, unstack) for name, view in params["vision"].items()}
+  return {**params, "vision": vision, "llm": _apart(params["llm"], unstack)}
+
+
+def _apart(part: Params, unstack: Callable[[Any], Sequence[Any]] = jnp.unstack) -> Params:
+  return {**part, "layers": nn.apart(part["layers"], unstack)}
 
 
 def patchify(image: jax.Array, size: int) -> jax.Array:
@@ -360,7 +363,7 @@ def act(
   config = dataclasses.replace(config, unroll=False)  # without a gradient a scan is as fast, and compiles in half
   n, last = len(obs.prompt), actions.last
   if sharding.on_nvidia():  # where a scan copies a layer's weights before it reads them: half of the time with one row
-    params = layers_apart(params)
+    params = {**params, "llm": _apart(params["llm"])}
   if jnp.issubdtype(keys.dtype, jnp.uint32):
     keys = jax.random.wrap_key_data(keys)
   x, mask = sequence(params, obs, jnp.zeros((n, 0), jnp.int32), config)
