@@ -228,10 +228,10 @@ def split_heads(qkv: jax.Array, head_size: int) -> list[jax.Array]:
 def apart_in_kernel(x: jax.Array) -> Sequence[jax.Array]:
   """[..., G, W] -> G arrays [..., W]: what each of the modules that share a kernel made.
 
-  On one device cut along the last axis, so that the gradients are joined in pieces of W. XLA then writes four elements
-  at a time on a GPU; joined along the axis of G, where each is a piece of 1, it writes one at a time.
+  On one GPU cut along the last axis, so that the gradients are joined in pieces of W: XLA then writes four elements at
+  a time. Joined along the axis of G, where each is a piece of 1, it writes one at a time.
   """
-  if sharding.spread():
+  if not sharding.one_gpu():
     return jnp.unstack(x, axis=-2)
   return jnp.split(x.reshape(*x.shape[:-2], -1), x.shape[-2], axis=-1)
 
