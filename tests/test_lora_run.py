@@ -123,7 +123,8 @@ def test_a_run_goes_on_where_the_frozen_layers_lie_apart(tmp_path, toy_environme
   done = subprocess.run([sys.executable, "-c", ONE_GPU, *command], cwd=toy_run.ROOT, env=toy_environment,
                         capture_output=True, text=True)  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
-  assert done.stdout.count("APART (2, ") == 6  # once for each array of the two layers, in both phases together
+  # Once for each array of two layers, in both phases together: the decoder's, DINO's with its LayerScale, SigLIP's.
+  assert done.stdout.count("APART (2, ") == 6 + 14 + 12
   assert "imitation: resuming after 4 of 6 updates" in done.stderr and "compiled again" not in done.stderr
   ours, whole = (toy_run.results(tmp_path / name)["metrics"] for name in ("run", "whole"))
   losses = lambda rows: [(row["phase"], row["step"], row["loss"]) for row in rows]
